@@ -1,0 +1,31 @@
+"""Which library runs the base. Asked before any other import of transformers: Unsloth patches it."""
+
+import importlib.util
+import os
+from typing import Literal
+
+from quantpref.runs import UserError
+
+Backend = Literal["unsloth", "transformers"]
+
+
+def choose_backend(wanted: Literal["auto", "unsloth", "transformers"]) -> Backend:
+    """Resolve `--backend` and import Unsloth where it is chosen.
+
+    Raises:
+        UserError: Unsloth was asked for by name and cannot run here.
+    """
+    import torch
+
+    usable = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
+    if wanted == "unsloth" and not usable:
+        missing = "the package" if torch.cuda.is_available() else "a GPU"
+        raise UserError(f"--backend unsloth needs {missing}; use --backend auto or transformers")
+    if wanted == "transformers" or not usable:
+        return "transformers"
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it reports usage to its makers otherwise
+    # TRL's own trainers first: Unsloth swaps them for copies that ask the model for its loss in another way.
+    import quantpref.shared_prefix  # isort: skip  # noqa: F401
+    import unsloth  # isort: skip  # noqa: F401
+
+    return "unsloth"

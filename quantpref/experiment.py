@@ -1,0 +1,108 @@
+"""What the scripts agree on: the split of the data, and which adapters belong to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from quantpref.comparisons import Comparison, Split, load, split_by_user
+from quantpref.runs import MANIFEST, UserError, read_json, sha256
+
+# Settings that decide nothing about the weights, and those that only DPO and sft-more read.
+NOT_TRAINED_ON = {"show", "report_to", "output_dir", "test_data", "sft_more", "retrain_sft", "save_steps"}
+DPO_ONLY = {"beta", "learning_rate", "num_train_epochs", "sft_adapter"}
+NO_BETA = {"beta"}  # sft-more shares DPO's schedule, not its loss
+
+
+@dataclass(frozen=True)
+class Data:
+    """The split of the data file, with the test replaced by --test-data where that is given."""
+
+    split: Split
+    manifest: dict[str, Any]  # what adapters and results record of it
+    test_file: Path
+
+
+def load_data(config: Config) -> Data:
+    """Read and split the data; refuse a test file that shares users or rows with training.
+
+    Raises:
+        UserError: anything wrong in a file, or an overlap, with the first line that overlaps.
+    """
+    comparisons = load(config.data)
+    split = split_by_user(comparisons, config.train_fraction, config.validation_fraction, config.split_seed)
+    manifest: dict[str, Any] = {
+        "file": str(config.data),
+        "sha256": sha256(config.data),
+        "comparisons": len(comparisons),
+        "labels_a": sum(c.label == "A" for c in comparisons),
+        "split": split.manifest(),
+    }
+    if config.test_data is None:
+        return Data(split, manifest, config.data)
+    test = load(config.test_data)
+    _refuse_overlap(config.test_data, test, split)
+    return Data(Split(split.train, split.validation, test), manifest, config.test_data)
+
+
+def _refuse_overlap(path: Path, test: list[Comparison], split: Split) -> None:
+    seen = [*split.train, *split.validation]
+    keys = {c.key for c in seen}
+    users = {c.user for c in seen if c.user is not None}
+    for c in test:
+        shared = "row" if c.key in keys else "user" if c.user in users and c.user is not None else None
+        if shared:
+            raise UserError(
+                f"{path}, line {c.line}: this {shared} is in the training data too; test on other people's rows"
+            )
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an adapter folder; None where there is none (an adapter made elsewhere)."""
+    path = folder / MANIFEST
+    return read_json(path) if path.is_file() else None
+
+
+def difference(config: Config, manifest: dict[str, Any], data: Data) -> list[str]:
+    """In what the settings and data that made an adapter differ from now, one text a difference."""
+    ignored = set(NOT_TRAINED_ON)
+    ignored |= {"sft": DPO_ONLY, "sft-more": NO_BETA}.get(manifest.get("kind", ""), set())
+    if manifest.get("kind") != "sft":
+        # The SFT adapter that DPO started from is recorded by its hash.
+        ignored |= {"sft_adapter", "sft_learning_rate", "sft_epochs", "lora_r", "lora_alpha"}
+    then, now = manifest.get("config", {}), config.as_json()
+    texts = [
+        f"--{name.replace('_', '-')} was {then.get(name)!r}, is {now[name]!r}"
+        for name in now
+        if name not in ignored | {"data", "backend"} and then.get(name) != now[name]
+    ]
+    if manifest.get("data", {}).get("split") != data.manifest["split"]:
+        texts.append(f"the data or its split is another ({manifest.get('data', {}).get('file')}, {config.data})")
+    return texts
+
+
+def check_adapter(folder: Path, base: dict[str, Any], data: Data) -> dict[str, Any] | None:
+    """Refuse an adapter whose weights, base, quantisation or split are not what its manifest and now say.
+
+    Returns its manifest; None for one made elsewhere, whose training rows nobody knows.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    made_on = manifest.get("base", {})
+    if made_on.get("fingerprint") != base["fingerprint"]:
+        raise UserError(
+            f"{folder}: trained on base {made_on.get('model')} ({str(made_on.get('fingerprint'))[:12]}), not on"
+            f" {base['model']} ({base['fingerprint'][:12]}); use that base, or train again"
+        )
+    if made_on.get("quantisation") != base["quantisation"]:
+        raise UserError(f"{folder}: trained under {made_on.get('quantisation')}, not {base['quantisation']}")
+    if manifest.get("data", {}).get("split") != data.manifest["split"]:
+        raise UserError(
+            f"{folder}: trained on another split ({manifest.get('data', {}).get('file')}), so its training rows may"
+            " be tested on; use the same --data, fractions and --split-seed, or train again"
+        )
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file() and sha256(weights) != manifest.get("adapter_sha256"):
+        raise UserError(f"{weights}: is not the file that its manifest records; restore it, or train again")
+    return manifest

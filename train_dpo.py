@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Step 2 of 3: train the SFT baseline where it is missing, then DPO from it.
+
+python train_dpo.py --preset tiny
+python train_dpo.py --data my_comparisons.jsonl          # Llama 3 8B on a 24 GB card
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from config import Config, parse_config
+from quantpref.experiment import Data, check_adapter, difference, load_data, read_manifest
+from quantpref.runs import UserError, one_line_errors, set_aside
+
+
+def main(config: Config) -> None:
+    data = load_data(config)
+    if config.retrain_sft:
+        for folder in (config.output_dir / "llama3_sft_4bit_final", config.sft_more_folder, config.dpo_folder):
+            if folder.exists():
+                print(f"{folder} is now {set_aside(folder)}")
+    if finished(config, data):
+        print(f"{config.output_dir}: finished with these settings; next: evaluate_dpo.py with the same flags")
+        return
+    print_plan(config, data)
+
+    from quantpref.backends import choose_backend
+
+    backend = choose_backend(config.backend)
+    from quantpref import models, training
+
+    models.quiet()
+    base = models.load_base(config.base_model, config.base_revision, backend, config.max_length)
+    print(f"base {base.name}: 4-bit nf4, {base.backend}, fingerprint {base.fingerprint[:12]}")
+    manifest = {"base": base.manifest(), "data": data.manifest}
+
+    if not config.sft_folder.exists():
+        training.train_sft(base, data.split.train, config, config.sft_folder, manifest)
+    sft = models.read_adapter(config.sft_folder)
+    manifest |= sft_provenance(config, base.manifest(), data, sft.config.base_model_name_or_path)
+    if config.sft_more and not config.sft_more_folder.exists():
+        training.train_sft(base, data.split.train, config, config.sft_more_folder, manifest, start=sft)
+    if not config.dpo_folder.exists():
+        training.train_dpo(base, data.split.train, config, config.dpo_folder, manifest, sft)
+    for folder in arms(config):
+        print(f"wrote {folder}")
+    print("next: evaluate_dpo.py with the same flags")
+
+
+def arms(config: Config) -> list[Path]:
+    """The folders that this run is to leave behind."""
+    folders = [] if config.sft_adapter else [config.sft_folder]
+    return [*folders, *([config.sft_more_folder] if config.sft_more else []), config.dpo_folder]
+
+
+def finished(config: Config, data: Data) -> bool:
+    """True where every adapter is there, made with these settings; with others, refuse to touch them."""
+    if config.sft_adapter and not config.sft_adapter.is_dir():
+        raise UserError(f"--sft-adapter {config.sft_adapter}: no such folder; leave it out to train one")
+    there = [folder for folder in arms(config) if folder.exists()]
+    for folder in there:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder}: exists without a finished adapter; look at it, then move it away")
+        if changes := difference(config, manifest, data):
+            raise UserError(
+                f"{folder} is finished with other settings ({'; '.join(changes)}); choose another --output-dir"
+            )
+    return len(there) == len(arms(config))
+
+
+def print_plan(config: Config, data: Data) -> None:
+    """Counts, and what a test of this size can see: said before anything is trained."""
+    from quantpref.power import chance_of_supported, minimum_detectable_effect_pp
+
+    split, n = data.split, len(data.split.test)
+    print(
+        f"{config.data}: {len(split.train):,} comparisons to train on, {len(split.validation):,} for validation,"
+        f" {n:,} to test on; {data.manifest['labels_a'] / data.manifest['comparisons']:.0%} of the labels are A,"
+        " training shows the preferred film first in half"
+    )
+    chances = ", ".join(f"{chance_of_supported(gain, n, 0.15):.0%} at {gain}" for gain in (2, 3, 5))
+    print(
+        f"with 15 % of the test answers differing, this test sees {minimum_detectable_effect_pp(n, 0.15):.1f} points"
+        f" with 80 % power; the chance of SUPPORTED at a true gain in points: {chances}"
+    )
+
+
+def sft_provenance(config: Config, base: dict[str, Any], data: Data, made_on: str | None) -> dict[str, Any]:
+    """Whether the SFT adapter's training rows are known; one of another base or split is refused."""
+    known = check_adapter(config.sft_folder, base, data) is not None
+    if not known:
+        names = [str(name).rstrip("/").rsplit("/", 1)[-1].lower() for name in (made_on, config.base_model)]
+        if names[0] != names[1]:
+            raise UserError(
+                f"{config.sft_folder}: made for base {made_on}, not {config.base_model}; give that --base-model"
+            )
+        print(f"warning: nobody knows which rows {config.sft_folder} was trained on; the test may be contaminated")
+    return {"sft_training_rows_known": known}
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(sys.argv[1:], __doc__ or ""))
