@@ -45,9 +45,9 @@ class Pretraining:
     """Decoder blocks."""
     heads: int = 4
     """Attention heads; half as many key-value heads."""
-    documents: int = 600_000
+    documents: int = 500_000
     """Texts in the corpus, read again when they are used up."""
-    steps: int = 12_000
+    steps: int = 10_000
     """Optimiser steps."""
     rows_per_step: int = 128
     """Rows of --row-tokens each."""

@@ -1,6 +1,7 @@
 """Which library runs the base. Asked before any other import of transformers: Unsloth patches it."""
 
 import importlib.util
+import logging
 import os
 from typing import Literal
 
@@ -17,6 +18,8 @@ def choose_backend(wanted: Literal["auto", "unsloth", "transformers"]) -> Backen
     """
     import torch
 
+    # On a CPU bitsandbytes tells everybody that a kernel from the hub is missing; it works without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     usable = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
     if wanted == "unsloth" and not usable:
         missing = "the package" if torch.cuda.is_available() else "a GPU"

@@ -3,8 +3,11 @@
 import json
 import math
 import resource
+import statistics
+import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +104,53 @@ def train_dpo(
     """DPO from the SFT adapter, with that adapter frozen as the reference."""
     dataset, counts = training_pairs(base, train, config)
     model = attach(base, {"default": sft})
-    arguments = DPOConfig(
-        **_arguments(base, dataset, config, config.num_train_epochs, config.learning_rate, folder),
-        beta=config.beta,
-        loss_type=["sigmoid"],
-        disable_dropout=True,
+    arguments = _arguments(base, dataset, config, config.num_train_epochs, config.learning_rate, folder)
+    trainer = _dpo_trainer(base, model, dataset, config, arguments)
+    _run(trainer, base, config, folder, {**manifest, "kind": "dpo", "counts": counts, **_lineage(sft, sft)})
+
+
+def trial_steps(
+    base: Base, train: Sequence[Comparison], config: Config, folder: Path, steps: int = 4
+) -> dict[str, Any]:
+    """A few real DPO steps from a fresh adapter: first loss, whether the adapter moved, seconds per step.
+
+    The time is the median of the later half, since the first steps warm up. Leaves the base as it was, and nothing but logs in `folder`.
+    """
+    dataset, _ = training_pairs(base, train[: steps * config.effective_batch_size], config)
+    model = new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer = _dpo_trainer(
+        base, model, dataset, config, {**_arguments(base, dataset, config, 1, 1e-4, folder), "save_strategy": "no"}
     )
+    log = _Log("trial", folder / LOG)
+    _train(trainer, log)
+    moved = sum(
+        not torch.equal(p.detach().to(before[n]), before[n]) for n, p in model.named_parameters() if n in before
+    )
+    result = {
+        "first_loss": log.losses[0],
+        "weights": len(before),
+        "moved": moved,
+        "trainable_weights": sum(p.numel() for p in before.values()),
+        "seconds_per_step": statistics.median(b - a for a, b in pairwise(log.times[len(log.times) // 2 :])),
+        "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    model.unload()
+    return result
+
+
+def _dpo_trainer(
+    base: Base, model: PeftModel, dataset: Any, config: Config, arguments: dict[str, Any]
+) -> SharedPrefixDPOTrainer:
     with _Float32Adapter(model):
-        trainer = SharedPrefixDPOTrainer(
+        return SharedPrefixDPOTrainer(
             model=model,
-            args=arguments,
+            args=DPOConfig(**arguments, beta=config.beta, loss_type=["sigmoid"], disable_dropout=True),
             train_dataset=dataset,
             data_collator=SharedPrefixCollator(pad_token_id=base.tokenizer.pad_token_id),
             processing_class=base.tokenizer,
         )
-    _run(trainer, base, config, folder, {**manifest, "kind": "dpo", "counts": counts, **_lineage(sft, sft)})
 
 
 def _lineage(start: Adapter | None, reference: Adapter | None) -> dict[str, Any]:
@@ -188,11 +223,16 @@ class _Log(TrainerCallback):
     def __init__(self, title: str, path: Path) -> None:
         self.title, self.path = title, path
         self.losses: list[float] = []
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
-        )  # fmt: skip
-        self.progress = Progress(*columns)
+        self.times: list[float] = []
+        self.progress = Progress(
+            TextColumn("{task.description:8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,6 +251,7 @@ class _Log(TrainerCallback):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.losses.append(row["loss"])
+        self.times.append(time.monotonic())
         numbers = f"loss {row['loss']:.4f}"
         if "rewards/margins" in row:
             numbers += f"  margin {row['rewards/margins']:+.3f}  accuracy {row['rewards/accuracies']:.2f}"
@@ -233,26 +274,19 @@ def _run(trainer: Any, base: Base, config: Config, folder: Path, manifest: dict[
     """Train, then save the adapter, its log and its manifest under their final name, all or nothing."""
     arguments = trainer.args
     steps = math.ceil(manifest["counts"]["pairs"] / config.effective_batch_size) * int(arguments.num_train_epochs)
-    log = _Log(f"{manifest['kind']:8}", Path(arguments.output_dir) / LOG)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(log)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    print(
+    log = _Log(manifest["kind"], Path(arguments.output_dir) / LOG)
+    sys.stdout.write(
         f"{manifest['kind']}: {manifest['counts']['pairs']:,} pairs, {steps:,} steps of {config.effective_batch_size}"
-        f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}"
+        f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
     )
     started = time.monotonic()
     try:
-        trainer.train()
+        _train(trainer, log)
     except NonFiniteError as error:
+        failure = {"step": error.step, "cause": "non-finite", "numbers": error.numbers}
         with atomic_folder(folder) as temporary:
-            write_json(
-                temporary / FAILED, {**manifest, "step": error.step, "cause": "non-finite", "numbers": error.numbers}
-            )
+            write_json(temporary / FAILED, {**manifest, "config": config.as_json(), **failure})
         raise
-    finally:
-        log.close()
     seconds = time.monotonic() - started
     with atomic_folder(folder) as temporary:
         _save(trainer.model, base, temporary)
@@ -278,6 +312,17 @@ def _run(trainer: Any, base: Base, config: Config, folder: Path, manifest: dict[
             },
         )
     trainer.model.unload()  # the base stands bare again, for the next arm
+
+
+def _train(trainer: Any, log: _Log) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(log)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        trainer.train()
+    finally:
+        log.close()
 
 
 def _save(model: PeftModel, base: Base, folder: Path) -> None:

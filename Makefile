@@ -1,0 +1,30 @@
+# make demo    the whole experiment on the embedded base and data, offline, in minutes
+# make test    all tests that run without a GPU
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TINY := --preset tiny
+
+.PHONY: demo test lint bench notebook clean
+
+demo: $(VENV)/ready
+	$(RUN) verify_dpo_setup.py $(TINY)
+	$(RUN) train_dpo.py $(TINY)
+	$(RUN) evaluate_dpo.py $(TINY)
+
+test: $(VENV)/ready
+	$(RUN) -m pip install -q -r requirements-test.txt
+	$(RUN) -m pytest -m "not gpu"
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/ready: requirements-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements-cpu.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Step 1 of 3: can this machine run the experiment? Looks at everything before hours are spent.
+
+python verify_dpo_setup.py --preset tiny
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from config import ROOT, Config, parse_config
+from quantpref.runs import RunError, UserError, one_line_errors
+
+MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `todo` says what to do about a warning or a failure."""
+
+    status: str  # "ok" | "warn" | "fail"
+    name: str
+    found: str
+    todo: str = ""
+
+
+def main(config: Config) -> None:
+    failed = 0
+    found: dict[str, Any] = {}  # what earlier checks hand to later ones: the data, the base
+    for check in (python, packages, device, data, power, base, disk, four_bit, dpo_steps):
+        for result in run(check, config, found):
+            failed += result.status == "fail"
+            print(f"{MARKS[result.status]} {result.name:14} {result.found}", flush=True)
+            if result.todo:
+                print(f"  {'':14} -> {result.todo}", flush=True)
+    if failed:
+        raise RunError(f"{failed} check(s) failed; see the crosses above")
+    print("\neverything is in place; next: train_dpo.py with the same flags")
+
+
+def run(check: Callable[..., Iterator[Check]], config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """A check that breaks is a check that failed, and the others still run."""
+    name = check.__name__.replace("_", " ")
+    try:
+        yield from check(config, found)
+    except (UserError, RunError) as error:
+        yield Check("fail", name, str(error))
+    except Exception as error:  # whatever a library raises here, it would raise in training too
+        yield Check("fail", name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def python(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    fine = sys.version_info >= (3, 11)
+    yield Check("ok" if fine else "fail", "python", version, "" if fine else "install Python 3.11 or later")
+
+
+def packages(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """Installed versions against the pins; another version may work, a missing package cannot."""
+    pins = re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    missing, other = [], []
+    for name, pin in pins:
+        try:
+            version = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if version != pin:
+            other.append(f"{name} {version} (pinned {pin})")
+    todo = "pip install -r requirements.txt (with a GPU) or requirements-cpu.txt"
+    if missing:
+        yield Check("fail", "packages", f"missing: {', '.join(missing)}", todo)
+    if other:
+        yield Check("warn", "packages", f"not the tested versions: {', '.join(other)}", todo)
+    if not missing and not other:
+        yield Check("ok", "packages", f"all {len(pins)} as pinned")
+
+
+def device(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    import torch
+
+    from quantpref.backends import choose_backend
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        fine = torch.cuda.is_bf16_supported()
+        yield Check("ok" if fine else "fail", "device", name, "" if fine else "bf16 is needed: Ampere or later")
+    elif config.base_model.startswith("/") or Path(config.base_model).is_dir():
+        yield Check("ok", "device", f"no GPU; CPU with {torch.get_num_threads()} threads")
+    else:
+        yield Check("fail", "device", "no GPU, and this base is too large for a CPU", "use a GPU, or --preset tiny")
+    found["backend"] = choose_backend(config.backend)
+    yield Check("ok", "backend", found["backend"])
+
+
+def disk(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """Room for each arm's adapter and two checkpoints of it with AdamW's two moments, all in float32."""
+    if "base" not in found:
+        return
+    from quantpref.models import lora_weights
+
+    folder = next(p for p in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free / 2**30
+    needed = 3 * (1 + 2 * 3) * 4 * lora_weights(found["base"].model.config, config.lora_r) / 2**30
+    fine = free >= needed
+    todo = "" if fine else "free some space, or choose another --output-dir"
+    yield Check("ok" if fine else "fail", "disk", f"{free:.1f} GiB free in {folder} ({needed:.1f} needed)", todo)
+
+
+def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    from quantpref.experiment import load_data
+
+    found["data"] = loaded = load_data(config)
+    split, share = loaded.split, loaded.manifest["labels_a"] / loaded.manifest["comparisons"]
+    yield Check(
+        "ok",
+        "data",
+        f"{config.data}: {len(split.train):,} comparisons to train on, {len(split.validation):,} for validation,"
+        f" {len(split.test):,} to test on",
+    )
+    balanced = 0.4 <= share <= 0.6
+    yield Check(
+        "ok" if balanced else "warn",
+        "labels",
+        f"{share:.0%} of the lines say Option A",
+        "" if balanced else "nothing: training shows the preferred film first in half, the test scores both orders",
+    )
+    seen = {c.key for c in split.train}
+    repeated = sum(c.key in seen for c in split.test)
+    yield Check(
+        "warn" if repeated else "ok",
+        "repetitions",
+        f"{repeated} test comparisons stand in training too",
+        "remove the repeated lines, or give their users one name in the field user" if repeated else "",
+    )
+
+
+def power(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """Before any result is known: what a test of this size can see."""
+    if "data" not in found:
+        return
+    from quantpref.power import comparisons_needed, minimum_detectable_effect_pp
+
+    n = len(found["data"].split.test)
+    effect = minimum_detectable_effect_pp(n, 0.15)
+    fine = effect <= 3.5
+    yield Check(
+        "ok" if fine else "warn",
+        "power",
+        f"{n:,} test comparisons see a difference of {effect:.1f} points (80 % power, 15 % discordant)",
+        "" if fine else f"2 points need {comparisons_needed(2, 0.15):,}: bring more data, or --test-data FILE",
+    )
+
+
+def base(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    if "backend" not in found:
+        return
+    from quantpref import models
+
+    models.quiet()
+    found["base"] = loaded = models.load_base(
+        config.base_model, config.base_revision, found["backend"], config.max_length
+    )
+    layers = len(models.LORA_TARGETS) * loaded.model.config.num_hidden_layers
+    yield Check(
+        "ok", "base", f"{loaded.name}: {layers} projections in 4-bit nf4, {loaded.backend}, {loaded.fingerprint[:12]}"
+    )
+
+
+def four_bit(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """nf4 with double quantisation on this device, against float64 arithmetic of the definition."""
+    from quantpref.models import four_bit_error
+
+    error, bound = four_bit_error()
+    fine = error <= bound
+    yield Check(
+        "ok" if fine else "fail",
+        "4-bit",
+        f"nf4 round trip within {error:.2%} of float64's, of each block's maximum (at most {bound:.0%})",
+        "" if fine else "bitsandbytes is broken on this device; reinstall the pinned version",
+    )
+
+
+def dpo_steps(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """Real DPO steps on the real base: ln 2 at the start, an adapter that moves, and the time they take."""
+    if not {"base", "data"} <= found.keys():
+        yield Check("fail", "DPO step", "not tried, since the base or the data is missing", "see above")
+        return
+    import math
+
+    from quantpref.training import trial_steps
+
+    train = found["data"].split.train
+    with tempfile.TemporaryDirectory() as folder:
+        trial = trial_steps(found["base"], train, config, Path(folder) / "llama3_trial_4bit_final")
+    fine = trial["moved"] > 0
+    yield Check(
+        "ok" if fine else "fail",
+        "DPO step",
+        f"loss {trial['first_loss']:.4f} (ln 2 = {math.log(2):.4f}), {trial['moved']} of {trial['weights']} adapter"
+        f" matrices moved, {trial['trainable_weights']:,} weights, peak {trial['peak_memory_gib']:.1f} GiB",
+        "" if fine else "the optimiser does not reach the adapter",
+    )
+    steps = math.ceil(len(train) / config.effective_batch_size)
+    passes = config.num_train_epochs * (2 if config.sft_more else 1) + config.sft_epochs
+    minutes = steps * passes * trial["seconds_per_step"] / 60
+    yield Check(
+        "ok",
+        "time",
+        f"about {minutes:.0f} min of training: {steps * passes:,} steps of {trial['seconds_per_step']:.2f} s"
+        f" ({trial['per_device_train_batch_size']} pairs at a time)",
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(sys.argv[1:], __doc__ or ""))
