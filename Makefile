@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TINY := --preset tiny
 
-.PHONY: demo test lint bench notebook clean
+.PHONY: demo test lint notebook simulate clean
 
 demo: $(VENV)/ready
 	$(RUN) verify_dpo_setup.py $(TINY)
@@ -20,6 +20,14 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Executed on the results in outputs/tiny; the committed notebook stays without outputs.
+notebook: $(VENV)/ready
+	$(RUN) -m nbconvert --to notebook --execute dpo_comparison.ipynb --output-dir outputs/tiny
+
+# The whole analysis on simulated arms: does the verdict keep its promises? Exit status 1 where it does not.
+simulate: $(VENV)/ready
+	$(RUN) benchmarks/simulate_verdict.py
 
 $(VENV)/ready: requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,14 +7,17 @@ python train_dpo.py --config my.toml --beta 0.3         # presets < --config fil
 import contextlib
 import difflib
 import io
+import math
 import re
 import sys
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent
+MAX_SEED = 2**32  # numpy's and transformers' limit
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Config:
     num_train_epochs: int = 3
     """Passes of DPO over the training pairs."""
 
+    dpo_from_base: bool = False
+    """Also train DPO from a fresh adapter with the bare base as reference, as arm dpo-from-base."""
+
     # --- both -------------------------------------------------------------------------------------
     effective_batch_size: int = 8
     """Pairs per optimiser step, over all devices."""
@@ -92,6 +98,14 @@ class Config:
     # --- evaluation -------------------------------------------------------------------------------
     show: int = 0
     """Print this many test comparisons with what SFT and DPO chose."""
+    adapter: tuple[str, ...] = ()
+    """NAME=FOLDER of further adapters to score beside the others, each paired against SFT."""
+    precision: tuple[Literal["4bit", "16bit"], ...] = ("4bit",)
+    """With 16bit the same adapters are scored on the base in 16 bits too: what does quantisation cost?"""
+    base_model_16bit: str | None = None
+    """The base in 16 bits, where --base-model is stored in 4; None takes --base-model."""
+    runs: tuple[Path, ...] = ()
+    """Finished runs of several seeds to aggregate, each evaluated, instead of scoring anything."""
 
     @property
     def sft_folder(self) -> Path:
@@ -106,11 +120,26 @@ class Config:
         return self.output_dir / "llama3_sft_more_4bit_final"
 
     @property
+    def dpo_from_base_folder(self) -> Path:
+        return self.output_dir / "llama3_dpo_from_base_4bit_final"
+
+    @property
     def evaluation_folder(self) -> Path:
         return self.output_dir / "evaluation"
 
     def as_json(self) -> dict[str, Any]:
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """As manifests and results record it: paths as text."""
+
+        def plain(value: Any) -> Any:
+            return (
+                str(value)
+                if isinstance(value, Path)
+                else list(map(plain, value))
+                if isinstance(value, tuple)
+                else value
+            )
+
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 PRESETS = {
@@ -184,31 +213,54 @@ def _read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         _refuse(f"{path}: cannot be read as TOML ({error})")
-    types = {field.name: field.type for field in fields(Config)}
+    types: dict[str, Any] = {field.name: field.type for field in fields(Config)}
     for name, value in values.items():
         if name not in types:
             close = difflib.get_close_matches(name, types, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             _refuse(f"{path}: unknown setting {name!r}{hint}")
-        expected = type(getattr(PRESETS["llama3-8b"], name))
-        if expected is float and type(value) is int:
-            values[name] = float(value)
-        elif isinstance(value, str) and "Path" in str(types[name]):
-            values[name] = Path(value)
-        elif expected in (int, float, bool) and type(value) is not expected:
-            _refuse(f"{path}: {name} must be {expected.__name__}, found {value!r}")
+        try:
+            values[name] = _from_toml(value, types[name])
+        except TypeError:
+            _refuse(f"{path}: {name} must be {_kind_name(types[name])}, found {value!r}")
     return values
+
+
+def _from_toml(value: Any, kind: Any) -> Any:
+    """A TOML value as a field of this type; TypeError where it is of another. TOML has no paths and no None."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_from_toml(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is Literal and isinstance(value, str) and value in get_args(kind):
+        return value
+    if get_origin(kind) in (Union, UnionType):
+        for member in get_args(kind):
+            with contextlib.suppress(TypeError):
+                return _from_toml(value, member)
+    # A bool is an int to isinstance, not to us; a whole number is fine where a fraction is asked for.
+    if type(value) in {float: (int, float), Path: (str,)}.get(kind, (kind,)):
+        return kind(value)
+    raise TypeError
+
+
+def _kind_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list, each {_kind_name(get_args(kind)[0])}"
+    if members := get_args(kind):
+        return " or ".join(_kind_name(member) for member in members if member is not type(None))
+    return {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "a text")
 
 
 def _check_ranges(config: Config) -> None:
     """All wrong values in one message."""
     wrong = [
-        f"--{name.replace('_', '-')} must be above 0, found {getattr(config, name)}"
+        f"--{name.replace('_', '-')} must be above 0 and finite, found {getattr(config, name)}"
         for name in (
             "train_fraction", "validation_fraction", "max_length", "lora_r", "lora_alpha", "sft_learning_rate",
             "sft_epochs", "beta", "learning_rate", "num_train_epochs", "effective_batch_size", "save_steps",
         )
-        if not getattr(config, name) > 0
+        if not 0 < getattr(config, name) < math.inf
     ]  # fmt: skip
     if not config.train_fraction + config.validation_fraction < 1:
         wrong.append("--train-fraction and --validation-fraction must leave a test part: their sum is 1 or more")
@@ -216,10 +268,13 @@ def _check_ranges(config: Config) -> None:
     if isinstance(micro, int) and (micro < 1 or config.effective_batch_size % micro):
         wrong.append(f"--per-device-train-batch-size {micro} must divide --effective-batch-size")
     wrong += [
-        f"--{name.replace('_', '-')} must be 0 or more, found {getattr(config, name)}"
-        for name in ("warmup_steps", "weight_decay", "show", "seed", "split_seed")
-        if not getattr(config, name) >= 0
-    ]
+        f"--{name.replace('_', '-')} must be 0 or more and below {limit}, found {getattr(config, name)}"
+        for name, limit in (
+            ("warmup_steps", math.inf), ("weight_decay", math.inf), ("show", math.inf),
+            ("seed", MAX_SEED), ("split_seed", MAX_SEED),
+        )
+        if not 0 <= getattr(config, name) < limit
+    ]  # fmt: skip
     if wrong:
         _refuse("; ".join(wrong))
 

@@ -2,11 +2,13 @@
 """Step 3 of 3: base, SFT and DPO side by side on one 4-bit base, and the verdict.
 
 python evaluate_dpo.py --preset tiny --show 5
+python evaluate_dpo.py --preset tiny --runs outputs/seed-1 outputs/seed-2 --output-dir outputs/seeds
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +22,41 @@ RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
 
 def main(config: Config) -> None:
     data = load_data(config)
-    folders = adapter_folders(config)
-    identity = run_identity(config, data, folders)
-    results = finished_results(config, identity)
-    if results is None:
-        results = evaluate(config, data, folders, identity)
-        show(config, data.split.test, results)
-        for file in sorted(p for p in config.evaluation_folder.rglob("*") if p.is_file()):
-            print(f"wrote {file}")
+    if config.runs:
+        from quantpref.aggregate import aggregate
+
+        identity = {"runs": [sha256(run / "evaluation" / RESULTS) for run in config.runs if run.is_dir()]}
     else:
+        folders = adapter_folders(config)
+        identity = run_identity(config, data, folders)
+    results = finished_results(config, identity)
+    if results is not None:
         outcome = results["verdict"]["outcome"]
-        print(f"{config.evaluation_folder}: finished with these adapters and this test: {outcome}; see report.md there")
+        print(
+            f"{config.evaluation_folder}: finished with these adapters and this test: {outcome}; see report.html there"
+        )
         if config.show:
-            show_samples(config, data.split.test, results)
+            show_samples(config, data.split.test)
+        return
+    if config.runs:
+        results = {**aggregate(config, data), "identity": identity}
+        write(config, results, {})
+    else:
+        results, predictions = evaluate(config, data, folders)
+        write(config, {**results, "identity": identity}, predictions)
+    show(config, data.split.test, results)
 
 
 def adapter_folders(config: Config) -> dict[str, Path]:
     """The arms' folders, all there, or one line that says which step is missing."""
     folders = {"sft": config.sft_folder, "dpo": config.dpo_folder}
-    if config.sft_more_folder.exists():
-        folders["sft-more"] = config.sft_more_folder
+    optional = {"sft-more": config.sft_more_folder, "dpo-from-base": config.dpo_from_base_folder}
+    folders |= {arm: folder for arm, folder in optional.items() if folder.exists()}
+    for text in config.adapter:
+        name, _, folder = text.partition("=")
+        if not name or not folder or name in {"base", *folders}:
+            raise UserError(f"--adapter {text}: write NAME=FOLDER, with a name that no other arm has")
+        folders[name] = Path(folder)
     for arm, folder in folders.items():
         if not folder.is_dir():
             raise UserError(
@@ -49,7 +66,7 @@ def adapter_folders(config: Config) -> dict[str, Path]:
 
 
 def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[str, Any]:
-    """What makes two evaluations the same: the adapters' weights and the test comparisons."""
+    """What makes two evaluations the same: the adapters' weights, the test comparisons, the precisions."""
     return {
         "adapters": {
             arm: sha256(file)
@@ -58,6 +75,7 @@ def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[s
         },
         "test": fingerprint(data.split.test),
         "base_model": config.base_model,
+        "precision": sorted(config.precision),
     }
 
 
@@ -73,76 +91,92 @@ def finished_results(config: Config, identity: dict[str, Any]) -> dict[str, Any]
     return None
 
 
-def evaluate(config: Config, data: Data, folders: dict[str, Path], identity: dict[str, Any]) -> dict[str, Any]:
+def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load, score, decide. Returns the results, and by file name the scores to keep beside them."""
     from quantpref.backends import choose_backend
 
     backend = choose_backend(config.backend)
     from quantpref import models
-    from quantpref.baselines import baseline_margins
-    from quantpref.metrics import arm_metrics, baseline_metrics, secondary_tests, write_predictions
-    from quantpref.report import markdown
-    from quantpref.runs import environment, write_text
+    from quantpref.analysis import analyse, failed_verdict, verdict
+    from quantpref.runs import environment
+    from quantpref.statistics import correctness
+    from quantpref.verdict import instability_reasons
 
     models.quiet()
     base = models.load_base(config.base_model, config.base_revision, backend, config.max_length)
     manifests = {arm: check_adapter(folder, base.manifest(), data) for arm, folder in folders.items()}
-    check_lineage(folders, manifests, identity)
+    check_lineage(folders, manifests)
     failed = folders["dpo"] / "failed.json"
     if failed.is_file():
         folders = {arm: folder for arm, folder in folders.items() if arm != "dpo"}
     adapters = {arm: models.read_adapter(folder) for arm, folder in folders.items()}
 
-    test, validation = data.split.test, data.split.validation
-    scores = score_arms(base, adapters, {"test": test, "validation": validation}, config)
-    refuse_twins({arm: s["test"] for arm, s in scores.items()})
-    arms = {arm: arm_metrics(s["test"], s["validation"]) for arm, s in scores.items()}
-    baselines = baseline_margins(data.split.train, test)
-    on_test = {arm: s["test"] for arm, s in scores.items()}
-    users = [c.cluster for c in test]
-    results = {
-        "verdict": None,
-        "arms": arms,
-        "baselines": {name: baseline_metrics(margins) for name, margins in baselines.items()},
-        "secondary_tests": secondary_tests(on_test, arms, users, config.seed) if "dpo" in arms else [],
-        "data": {
-            **data.manifest,
-            "n_test": len(test),
-            "n_train": len(data.split.train),
-            "n_validation": len(validation),
-            "users_test": len(set(users)),
-            "test_file": str(data.test_file),
-            "test_sha256": sha256(data.test_file),
-        },
-        "base": base.manifest(),
-        "adapters": {arm: manifest for arm, manifest in manifests.items() if manifest},
-        "identity": identity,
-        "environment": environment(),
-        "config": config.as_json(),
+    model = models.attach(base, adapters)
+    parts = {"test": data.split.test, "validation": data.split.validation}
+    test, validation = score_arms(model, base.tokenizer, adapters, parts, config)
+    refuse_twins(test)
+    reasoning = check_reasoning(model, base.tokenizer, data.split.test, test, config)
+    predictions = {
+        PREDICTIONS: (data.split.test, test),
+        "predictions_validation.parquet": (data.split.validation, validation),
     }
+    sixteen_bit = None
+    if "16bit" in config.precision:
+        model.unload()
+        full = models.load_16bit(config.base_model_16bit or config.base_model, config.base_revision, base)
+        [sixteen_bit] = score_arms(
+            models.attach(full, adapters), base.tokenizer, adapters, {"test": data.split.test}, config
+        )
+        predictions["predictions_16bit.parquet"] = (data.split.test, sixteen_bit)
+
+    results = analyse(data.split, test, validation, config.seed, sixteen_bit)
     if failed.is_file():
         results["verdict"] = failed_verdict(read_json(failed))
     else:
+        excess = results.get("quantisation", {}).get("dpo_less_sft")
+        instability = instability_reasons(dpo_losses(folders["dpo"]), excess["ci95_pp"][0] if excess else None)
+        right = {arm: correctness(scores.margins)[None] for arm, scores in test.items()}
+        users = [c.cluster for c in data.split.test]
         sft_known = (manifests["dpo"] or {}).get("sft_training_rows_known", False)
-        results["verdict"] = verdict(results, on_test, users, dpo_losses(folders["dpo"]), sft_known, config.seed)
-    with atomic_folder(config.evaluation_folder) as folder:
-        write_predictions(folder / PREDICTIONS, test, on_test)
-        write_predictions(
-            folder / "predictions_validation.parquet", validation, {arm: s["validation"] for arm, s in scores.items()}
-        )
-        write_json(folder / RESULTS, results)
-        write_text(folder / "report.md", markdown(results))
-    return results
+        results["verdict"] = verdict(results, right, users, instability, sft_known, config.seed)
+    return {
+        **results,
+        "reasoning_check": reasoning,
+        "training": {arm: training_curves(folder) for arm, folder in folders.items()},
+        "data": describe(data),
+        "base": base.manifest(),
+        "adapters": {arm: manifest for arm, manifest in manifests.items() if manifest},
+        "environment": environment(),
+        "config": config.as_json(),
+    }, predictions
 
 
-def check_lineage(folders: dict[str, Path], manifests: dict[str, Any], identity: dict[str, Any]) -> None:
+def describe(data: Data) -> dict[str, Any]:
+    split = data.split
+    return {
+        **data.manifest,
+        "n_train": len(split.train),
+        "n_validation": len(split.validation),
+        "n_test": len(split.test),
+        "users_test": len({c.cluster for c in split.test}),
+        "test_file": str(data.test_file),
+        "test_sha256": sha256(data.test_file),
+    }
+
+
+def check_lineage(folders: dict[str, Path], manifests: dict[str, Any]) -> None:
     """DPO and sft-more must have started from this very SFT adapter."""
-    for arm in manifests.keys() - {"sft"}:
+    weights = folders["sft"] / "adapter_model.safetensors"
+    for arm in manifests.keys() & {"dpo", "sft-more", "dpo-from-base"}:
         manifest = manifests[arm]
         if manifest is None:
+            if (folders[arm] / "failed.json").is_file():
+                continue
             raise UserError(
                 f"{folders[arm]}: has no manifest.json, so nobody knows what it is; train it with train_dpo.py"
             )
-        if manifest["lineage"]["started_from"] != identity["adapters"].get("sft"):
+        started_from = None if arm == "dpo-from-base" else sha256(weights) if weights.is_file() else "nothing"
+        if manifest["lineage"]["started_from"] != started_from:
             raise UserError(
                 f"{folders[arm]}: started from another SFT adapter than {folders['sft']}; give that one with"
                 " --sft-adapter, or train again"
@@ -150,40 +184,53 @@ def check_lineage(folders: dict[str, Path], manifests: dict[str, Any], identity:
 
 
 def score_arms(
-    base: Any, adapters: dict[str, Any], parts: dict[str, list[Comparison]], config: Config
-) -> dict[str, dict[str, Any]]:
-    """Scores by arm and part: one loaded base, adapters switched on and off."""
+    model: Any, tokenizer: Any, adapters: Iterable[str], parts: Mapping[str, list[Comparison]], config: Config
+) -> list[dict[str, Any]]:
+    """For each part the scores by arm: one loaded base, adapters switched on and off."""
     from rich.progress import track
 
-    from quantpref.models import attach
     from quantpref.scoring import score, scoring_rows
 
-    rows = {
-        part: scoring_rows(base.tokenizer, comparisons, config.max_length, config.response)
-        for part, comparisons in parts.items()
-    }
-    for part, found in rows.items():
+    rows = [scoring_rows(tokenizer, cs, config.max_length, config.response) for cs in parts.values()]
+    for part, found in zip(parts, rows, strict=True):
         if found.shortened:
             print(f"{found.shortened} prompts of the {part} were shortened to --max-length {config.max_length}")
-    model = attach(base, adapters)
-    scores: dict[str, dict[str, Any]] = {arm: {} for arm in ("base", *adapters)}
-    for arm, part in track([(a, p) for a in scores for p in rows], description="scoring"):
-        if arm == "base":
-            with model.disable_adapter():
-                scores[arm][part] = score(model, base.tokenizer.pad_token_id, rows[part])
-        else:
-            model.set_adapter(arm)
-            scores[arm][part] = score(model, base.tokenizer.pad_token_id, rows[part])
+    scores: list[dict[str, Any]] = [{} for _ in parts]
+    for arm, i in track([(arm, i) for arm in ("base", *adapters) for i in range(len(rows))], description="scoring"):
+        with switched_to(model, arm):
+            scores[i][arm] = score(model, tokenizer.pad_token_id, rows[i])
     return scores
 
 
-def refuse_twins(scores: dict[str, Any]) -> None:
+def switched_to(model: Any, arm: str) -> Any:
+    """A context in which the model is that arm."""
+    if arm == "base":
+        return model.disable_adapter()
+    model.set_adapter(arm)
+    return nullcontext()
+
+
+def refuse_twins(scores: Mapping[str, Any]) -> None:
     """Two arms with the same numbers are one adapter twice, or an adapter that is not switched on."""
     arms = list(scores)
     for i, one in enumerate(arms):
         for other in arms[i + 1 :]:
             if (scores[one].logp_a == scores[other].logp_a).all():
                 raise RunError(f"arms {one} and {other} give the same scores on every row; they are the same model")
+
+
+def check_reasoning(
+    model: Any, tokenizer: Any, test: list[Comparison], scores: Mapping[str, Any], config: Config
+) -> dict[str, Any]:
+    """What each trained arm writes about the first comparisons of the test."""
+    from quantpref.reasoning import CHECKED, generate, reasoning_check
+
+    found, comparisons = {}, test[:CHECKED]
+    for arm in scores.keys() - {"base"}:
+        with switched_to(model, arm):
+            texts = generate(model, tokenizer, comparisons, config.response)
+        found[arm] = reasoning_check(texts, comparisons, scores[arm], config.response)
+    return dict(sorted(found.items()))
 
 
 def dpo_losses(folder: Path) -> list[float]:
@@ -194,81 +241,43 @@ def dpo_losses(folder: Path) -> list[float]:
         raise UserError(f"{path}: missing or damaged; DPO's stability cannot be judged, train it again") from None
 
 
-def verdict(
-    results: dict[str, Any],
-    scores: dict[str, Any],
-    users: Sequence[str],
-    losses: list[float],
-    sft_known: bool,
-    seed: int,
-) -> dict[str, Any]:
-    """The paired test between SFT and DPO, and the rule fixed before the data was seen."""
-    from quantpref import power
-    from quantpref import statistics as st
-    from quantpref.verdict import TRUE_GAINS_PP, VerdictInputs, decide, instability_reasons
-
-    arms, n = results["arms"], len(users)
-    right = {arm: st.correctness(s.margins) for arm, s in scores.items()}
-    test = st.paired_test(right["sft"], right["dpo"], users, seed)
-    more = st.paired_test(right["sft-more"], right["dpo"], users, seed) if "sft-more" in right else None
-    folds = st.fold_differences_pp(right["dpo"] - right["sft"], st.user_folds(users, seed=seed))
-    best, best_row = max(results["baselines"].items(), key=lambda item: item[1]["accuracy"])
-    differences = right["dpo"] - right["sft"]
-    inputs = VerdictInputs(
-        n_comparisons=n,
-        accuracy_sft=arms["sft"]["accuracy"],
-        accuracy_dpo=arms["dpo"]["accuracy"],
-        difference_pp=test.difference_pp,
-        ci95_pp=test.ci95_pp,
-        p_value=test.p_value,
-        confidence_sft=arms["sft"]["confidence"],
-        confidence_dpo=arms["dpo"]["confidence"],
-        fold_differences_pp=folds,
-        seed_differences_pp=test.seed_differences_pp,
-        discordance=test.discordance,
-        minimum_detectable_effect_pp=power.minimum_detectable_effect_pp(n, test.discordance, test.design_effect),
-        comparisons_needed_for_2pp=power.comparisons_needed(2, test.discordance, test.design_effect),
-        chance_of_supported={
-            gain: power.chance_of_supported_observed(float(gain), differences, users, seed) for gain in TRUE_GAINS_PP
-        },
-        best_baseline=best,
-        best_baseline_accuracy=best_row["accuracy"],
-        sft_more_difference_pp=more.difference_pp if more else None,
-        sft_more_ci95_pp=more.ci95_pp if more else None,
-        instability=instability_reasons(losses),
-        sft_training_rows_known=sft_known,
-    )
-    decided = decide(inputs)
-    return {
-        "outcome": decided.outcome,
-        "reasons": list(decided.reasons),
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(inputs).items()},
-        "test": test.test,
-        "mcnemar_p": test.mcnemar_p,
-        "wins": test.wins,
-        "losses": test.losses,
-        "design_effect": test.design_effect,
-    }
+def training_curves(folder: Path) -> list[dict[str, float]]:
+    """What the report draws of an adapter's training log; nothing for an adapter made elsewhere."""
+    path = folder / "training_log.jsonl"
+    if not path.is_file():
+        return []
+    keys = ("step", "loss", "rewards/margins", "rewards/accuracies")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: row[key] for key in keys if key in row} for row in rows]
 
 
-def failed_verdict(failed: dict[str, Any]) -> dict[str, Any]:
-    from quantpref.verdict import failed_training_verdict
+def write(config: Config, results: dict[str, Any], predictions: Mapping[str, Any]) -> None:
+    """Scores, results, report and figures, under their final names all at once or not at all."""
+    from quantpref import figures, report
+    from quantpref.metrics import write_predictions
+    from quantpref.runs import write_text
 
-    decided = failed_training_verdict(f"step {failed['step']}: {failed['numbers']}")
-    numbers = ("difference_pp", "ci95_pp", "p_value", "minimum_detectable_effect_pp", "comparisons_needed_for_2pp",
-               "chance_of_supported")  # fmt: skip
-    return {"outcome": decided.outcome, "reasons": list(decided.reasons), **dict.fromkeys(numbers)}
+    with atomic_folder(config.evaluation_folder) as folder:
+        for name, (comparisons, scores) in predictions.items():
+            write_predictions(folder / name, comparisons, scores)
+        drawn = figures.draw(results)
+        figures.save(drawn, folder / "figures")
+        write_text(folder / "report.md", report.markdown(results))
+        write_text(folder / "report.html", report.html(results, {k: figures.svg(v) for k, v in drawn.items()}))
+        write_json(folder / RESULTS, results)
 
 
 def show(config: Config, test: list[Comparison], results: dict[str, Any]) -> None:
     from quantpref.report import table, verdict_text
 
-    if config.show:
-        show_samples(config, test, results)
+    if config.show and not config.runs:
+        show_samples(config, test)
     print(f"\n{table(results)}\n\n{verdict_text(results)}\n")
+    for file in sorted(p for p in config.evaluation_folder.rglob("*") if p.is_file() and p.suffix != ".pdf"):
+        print(f"wrote {file}")
 
 
-def show_samples(config: Config, test: list[Comparison], results: dict[str, Any]) -> None:
+def show_samples(config: Config, test: list[Comparison]) -> None:
     """The first comparisons of the test as the model saw them, and what each arm chose."""
     from quantpref.metrics import read_predictions
 
@@ -281,9 +290,8 @@ def show_samples(config: Config, test: list[Comparison], results: dict[str, Any]
             if arm in scores:
                 margin = scores[arm].margins[i]
                 answer = comparison.label if margin > 0 else other if margin < 0 else "tie"
-                chosen.append(
-                    f"{arm.upper()}: {answer} ({'correct' if margin > 0 else 'wrong' if margin < 0 else 'half'})"
-                )
+                how = "correct" if margin > 0 else "wrong" if margin < 0 else "half"
+                chosen.append(f"{arm.upper()}: {answer} ({how})")
         print(f"\nSample {i + 1}/{count}  line {comparison.line}: {', '.join(map(str, comparison.history))}")
         for label, movie in (("A", comparison.option_a), ("B", comparison.option_b)):
             mark = "  <- preferred" if label == comparison.label else ""

@@ -43,6 +43,8 @@ def main(config: Config) -> None:
         training.train_sft(base, data.split.train, config, config.sft_more_folder, manifest, start=sft)
     if not config.dpo_folder.exists():
         training.train_dpo(base, data.split.train, config, config.dpo_folder, manifest, sft)
+    if config.dpo_from_base and not config.dpo_from_base_folder.exists():
+        training.train_dpo(base, data.split.train, config, config.dpo_from_base_folder, manifest, None)
     for folder in arms(config):
         print(f"wrote {folder}")
     print("next: evaluate_dpo.py with the same flags")
@@ -51,7 +53,9 @@ def main(config: Config) -> None:
 def arms(config: Config) -> list[Path]:
     """The folders that this run is to leave behind."""
     folders = [] if config.sft_adapter else [config.sft_folder]
-    return [*folders, *([config.sft_more_folder] if config.sft_more else []), config.dpo_folder]
+    more = [config.sft_more_folder] if config.sft_more else []
+    from_base = [config.dpo_from_base_folder] if config.dpo_from_base else []
+    return [*folders, *more, config.dpo_folder, *from_base]
 
 
 def finished(config: Config, data: Data) -> bool:
@@ -62,7 +66,8 @@ def finished(config: Config, data: Data) -> bool:
     for folder in there:
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder}: exists without a finished adapter; look at it, then move it away")
+            how = "ended on a number that is not finite" if (folder / "failed.json").is_file() else "left no adapter"
+            raise UserError(f"{folder}: a run {how} there; evaluate it, or choose another --output-dir")
         if changes := difference(config, manifest, data):
             raise UserError(
                 f"{folder} is finished with other settings ({'; '.join(changes)}); choose another --output-dir"

@@ -4,8 +4,9 @@
     python models/pretrain.py --out models/tiny-llama --device cuda
 
 It reads what a language model would have read: which genres and decade a film has, what *other* simulated
-people watched, and quizzes about facts with two options, which teach what "Option A" refers to. It never
-sees a row or a person of the data set, nor which of two candidates anybody prefers.
+people watched, quizzes about facts with two options, which teach what "Option A" refers to, and the words of
+the experiment's own answers about random films, with the option drawn by a coin. It never sees a row or a person
+of the data set, nor which of two candidates anybody prefers.
 """
 
 import random
@@ -22,8 +23,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from config import parse_flags
-from quantpref.comparisons import INSTRUCTION, Movie
-from quantpref.prompts import PROMPT, REASONING, VERDICT
+from quantpref.comparisons import INSTRUCTION, Comparison, Movie
+from quantpref.prompts import PROMPT, REASONING, VERDICT, prompt, response
 from quantpref.runs import UserError, atomic_folder, environment, one_line_errors, sha256
 from quantpref.simulate import Population, load_catalogue, watch
 
@@ -49,9 +50,9 @@ class Pretraining:
     """Texts in the corpus, read again when they are used up."""
     steps: int = 10_000
     """Optimiser steps."""
-    rows_per_step: int = 128
+    rows_per_step: int = 64
     """Rows of --row-tokens each."""
-    row_tokens: int = 128
+    row_tokens: int = 256
     """Documents are packed end to end into rows of this many tokens."""
     learning_rate: float = 2e-3
     """Peak; 200 steps of warm-up, then a cosine to a tenth."""
@@ -86,7 +87,7 @@ def option(movie: Movie, with_genres: bool) -> str:
 
 
 def quiz(question: str, right: Movie, wrong: Movie, rng: random.Random) -> str:
-    """Always in these words, never in the prompt's: how to answer *that* is what SFT and DPO teach."""
+    """In words of its own, never the prompt's: how to answer *that* by taste is what SFT and DPO teach."""
     with_genres = rng.random() < 0.7
     label = rng.choice("AB")
     a, b = (right, wrong) if label == "A" else (wrong, right)
@@ -117,21 +118,30 @@ def similarity_quiz(films: list[Movie], rng: random.Random) -> str:
             return quiz(f"Similar to: {', '.join(map(str, named))}", right, wrong, rng)
 
 
+def coin_flip(films: list[Movie], rng: random.Random) -> str:
+    """The words of prompt and response, about random films, answered by a coin: form without any preference."""
+    *history, a, b = rng.sample(films, 7)
+    comparison = Comparison(tuple(history), a, b, "A")
+    return prompt(comparison) + response(comparison, rng.choice(("A", "B")))
+
+
 def corpus(films: list[Movie], documents: int, seed: int) -> list[str]:
-    """15 % facts, 25 % histories, 30 % fact quizzes, 30 % similarity quizzes."""
+    """15 % facts, 20 % histories, 25 % fact quizzes, 25 % similarity quizzes, 15 % coin flips."""
     rng = random.Random(seed)
-    histories = iter(histories_of_others(films, documents // 4 + 1, seed))
+    histories = iter(histories_of_others(films, documents // 5 + 4, seed))
     texts = []
     for i in range(documents):
         kind = i % 20
         if kind < 3:
             texts.append(fact(rng.choice(films), rng))
-        elif kind < 8:
+        elif kind < 7:
             texts.append(f"History: {', '.join(map(str, next(histories)))}.")
-        elif kind < 14:
+        elif kind < 12:
             texts.append(fact_quiz(films, rng))
-        else:
+        elif kind < 17:
             texts.append(similarity_quiz(films, rng))
+        else:
+            texts.append(coin_flip(films, rng))
     return texts
 
 
@@ -248,8 +258,9 @@ A small real Llama ({parameters:,} weights, {layers} layers of {hidden_size}, vo
 `{command}`. It makes the whole pipeline, 4-bit included, real on a laptop; it is of no use for anything else.
 
 It was pre-trained on made texts about the 500 films of `data/catalogue.csv`: their genres and decades, what
-*other* simulated people watched (other seeds than the data set's), and two-option quizzes about facts. It never
-saw a row or a person of the data set, nor which of two candidates anybody prefers.
+*other* simulated people watched (other seeds than the data set's), two-option quizzes about facts, and the words
+of the experiment's prompt and response about random films, answered by a coin. It never saw a row or a person of
+the data set, nor which of two candidates anybody prefers.
 
 | | |
 | --- | --- |

@@ -13,25 +13,43 @@ from numpy.typing import NDArray
 from quantpref.comparisons import Comparison, Movie
 
 Margins = NDArray[np.float64]
+FOLDS = 5  # of the training users, for the logistic regression on held-out margins
 Preference = Callable[[Comparison, Movie], float]  # how much the rule likes one candidate
 
 
 def baseline_margins(train: Sequence[Comparison], test: Sequence[Comparison]) -> dict[str, Margins]:
     """Margins (n_test,) of every baseline, by name."""
+    margins = _rule_margins(train, test)
+    return {
+        # Shown in both orders, "always A" is right in one of them: a tie in every comparison.
+        "always_a": np.zeros(len(test)),
+        **margins,
+        "logistic_regression": _logistic(_held_out_margins(train), margins),
+    }
+
+
+def _rule_margins(train: Sequence[Comparison], test: Sequence[Comparison]) -> dict[str, Margins]:
     rules = {
         "popularity": popularity(train),
         "genre_overlap": genre_overlap(train),
         "co_occurrence": co_occurrence(train),
         "release_year": lambda comparison, movie: movie.year,
     }
-    margins = {name: _margins(rule, test) for name, rule in rules.items()}
-    fitted = {name: _margins(rule, train) for name, rule in rules.items()}
-    return {
-        # Shown in both orders, "always A" is right in one of them: a tie in every comparison.
-        "always_a": np.zeros(len(test)),
-        **margins,
-        "logistic_regression": _logistic(fitted, margins),
-    }
+    return {name: _margins(rule, test) for name, rule in rules.items()}
+
+
+def _held_out_margins(train: Sequence[Comparison]) -> dict[str, Margins]:
+    """Each training row's margins by rules fitted on other users: a row's own answer is among its counts."""
+    users = sorted({c.cluster for c in train})
+    fold_of = {user: i % FOLDS for i, user in enumerate(users)}
+    folds = np.array([fold_of[c.cluster] for c in train])
+    result: dict[str, Margins] = {}
+    for fold in range(FOLDS):
+        rest = [c for c, f in zip(train, folds, strict=True) if f != fold]
+        held_out = [c for c, f in zip(train, folds, strict=True) if f == fold]
+        for name, margins in _rule_margins(rest, held_out).items():
+            result.setdefault(name, np.zeros(len(train)))[folds == fold] = margins
+    return result
 
 
 def _margins(rule: Preference, comparisons: Sequence[Comparison]) -> Margins:
@@ -39,13 +57,16 @@ def _margins(rule: Preference, comparisons: Sequence[Comparison]) -> Margins:
 
 
 def popularity(train: Sequence[Comparison]) -> Preference:
-    """How often a film was watched in the training rows, as history or as the preferred film."""
+    """Share of the training rows in which a film was watched, as history or as the preferred film."""
     counts = Counter(str(m) for c in train for m in (*c.history, c.preferred))
-    return lambda comparison, movie: counts[str(movie)]
+    return lambda comparison, movie: counts[str(movie)] / max(1, len(train))
 
 
 def genre_overlap(train: Sequence[Comparison]) -> Preference:
-    """Share of a candidate's genres among the history's, as far as the training text reveals those."""
+    """How many history films share a candidate's genre, averaged over its genres.
+
+    The text shows no genres in a history; they are known of films that are a candidate in training.
+    """
     genres: dict[str, tuple[str, ...]] = {str(m): m.genres for c in train for m in (c.option_a, c.option_b)}
 
     def rule(comparison: Comparison, movie: Movie) -> float:

@@ -3,6 +3,7 @@
 Read from the JSONL format of data/README.md by a reader that says file and line of anything wrong.
 """
 
+import codecs
 import hashlib
 import json
 import random
@@ -26,6 +27,8 @@ _OPTION_A = re.compile(r"\s*(?:\.\s+|\.?\s*\n\s*)Option A: ")
 _OPTION_B = re.compile(r"(?<=\s)Option B: ")
 _OPTION = re.compile(r"(?P<title>\S.*) \((?P<year>\d{4})\) \((?P<genres>[^()]+)\)\.?\s*")
 _LABEL = re.compile(r"Option ([AB])\b")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PLAIN_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,7 @@ def load(path: Path) -> list[Comparison]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file with --data") from None
+    lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)  # Windows editors put one there
     if lines[-1] == b"":
         lines.pop()
     if not lines:
@@ -171,8 +175,10 @@ def load(path: Path) -> list[Comparison]:
 
 def parse_line(line: bytes, number: int) -> Comparison:
     """One JSONL line as a comparison; a ValueError says what is wrong with it and what to do."""
+    if not line.strip():
+        raise ValueError("blank; remove the line, one comparison a line")
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_repetition)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -180,7 +186,7 @@ def parse_line(line: bytes, number: int) -> Comparison:
     except RecursionError:
         raise ValueError("not JSON of ours (nested too deeply); one flat object a line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON object was expected, found {type(row).__name__}")
+        raise ValueError(f"a JSON object was expected, found {type(row).__name__}; one object a line")
     instruction, text, output = (_text_field(row, name) for name in ("instruction", "input", "output"))
     label = _LABEL.search(output)
     if label is None:
@@ -242,27 +248,45 @@ def _parse_option(text: str) -> Movie | None:
 
 def _check_films(comparison: Comparison) -> None:
     if str(comparison.option_a) == str(comparison.option_b):
-        raise ValueError(f"both options are {comparison.option_a}; a comparison needs two films")
+        raise ValueError(f"both options are {comparison.option_a}; a comparison needs two films; correct the line")
     seen = set(map(str, comparison.history))
     if len(seen) < len(comparison.history):
         raise ValueError("a film stands twice in the history; remove the repetition")
     for movie in (comparison.option_a, comparison.option_b):
         if str(movie) in seen:
-            raise ValueError(f"{movie} is an option and in the history; the answer would be given away")
+            raise ValueError(
+                f"{movie} is an option and in the history; the answer would be given away; remove the line"
+            )
         if len(set(movie.genres)) < len(movie.genres) or not all(g.strip() == g != "" for g in movie.genres):
-            raise ValueError(f"{movie}: genres {movie.genre_text!r} are empty or repeated")
+            raise ValueError(f"{movie}: genres {movie.genre_text!r} are empty or repeated; correct them")
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; use a number or leave the field out")
 
 
+def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'field "{twice}" stands twice; keep one')
+    return row
+
+
 def _text_field(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or (name != "instruction" and not value.strip()):
         found = "missing" if name not in row else f"{value!r:.40}"
-        raise ValueError(f'field "{name}" must be a text, found {found}')
-    return value
+        raise ValueError(f'field "{name}" must be a text, found {found}; correct the line')
+    return _whole_characters(name, value)
+
+
+def _whole_characters(name: str, text: str) -> str:
+    """Refuse half of a surrogate pair (an escape such as \\ud83d alone): no tokenizer or file can hold it."""
+    if _SURROGATE.search(text):
+        raise ValueError(f'field "{name}" holds half a character (a lone surrogate escape); correct the line')
+    return text
 
 
 def _user_field(row: dict[str, Any]) -> str | None:
@@ -270,8 +294,8 @@ def _user_field(row: dict[str, Any]) -> str | None:
         return None
     user = row["user"]
     if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
-        raise ValueError(f'field "user" must be a text or an integer, found {user!r:.40}')
-    return str(user)
+        raise ValueError(f'field "user" must be a text or an integer, found {user!r:.40}; correct or leave it out')
+    return _whole_characters("user", str(user))
 
 
 def _time_field(row: dict[str, Any]) -> int | None:
@@ -279,24 +303,36 @@ def _time_field(row: dict[str, Any]) -> int | None:
         return None
     time = row["time"]
     if isinstance(time, bool) or not isinstance(time, int) or time < 0:
-        raise ValueError(f'field "time" must be Unix seconds (an integer >= 0), found {time!r:.40}')
+        raise ValueError(
+            f'field "time" must be Unix seconds (an integer >= 0), found {time!r:.40}; correct or leave it out'
+        )
     return time
 
 
 def save(path: Path, comparisons: Iterable[Comparison]) -> str:
-    """Write comparisons as JSONL, atomically; returns the file's SHA-256."""
+    """Write comparisons as JSONL, atomically; returns the file's SHA-256.
+
+    Raises:
+        UserError: a comparison that `load` would refuse or read as another one, such as a title "A (1999), B".
+    """
     from quantpref.prompts import input_text, response
 
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for c in comparisons:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        for number, c in enumerate(comparisons, start=1):
             row: dict[str, Any] = {
                 "instruction": c.instruction,
                 "input": input_text(c),
                 "output": response(c, c.label),
             }
             if c.user is not None:
-                row["user"] = int(c.user) if c.user.isdecimal() and str(int(c.user)) == c.user else c.user
+                row["user"] = int(c.user) if _PLAIN_INTEGER.fullmatch(c.user) else c.user
             if c.time is not None:
                 row["time"] = c.time
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode()
+                if parse_line(line, c.line) != c:
+                    raise ValueError("it would be read back as another comparison; change its titles or genres")
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: cannot be saved: {error}") from None
+            file.write(line + b"\n")
     return sha256(path)

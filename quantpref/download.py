@@ -145,7 +145,7 @@ def _open(url: str) -> http.client.HTTPResponse:
     try:
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise UserError(f"{url}: is not an http or https address; correct it")
-        return urllib.request.urlopen(url, timeout=STALL_SECONDS)  # type: ignore[no-any-return]  # noqa: S310
+        return urllib.request.urlopen(url, timeout=STALL_SECONDS)  # noqa: S310 - checked above
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _unreachable(url, error) from None
 

@@ -198,7 +198,7 @@ def _refuse_cut_time(path: Path, times: pl.Series) -> None:
             return
     # A lost digit divides the time by ten; a true one is at most a few times another.
     last, earliest = times[-1], times[:-1].min()
-    if last * 2 < earliest:  # type: ignore[operator]
+    if last * 2 < earliest:
         with path.open("rb") as file:
             line = sum(1 for _ in file)
         raise UserError(f"{path}, line {line}: time {last} is far before all others: {CUT}")

@@ -9,7 +9,10 @@ from quantpref.comparisons import Comparison, Split, load, split_by_user
 from quantpref.runs import MANIFEST, UserError, read_json, sha256
 
 # Settings that decide nothing about the weights, and those that only DPO and sft-more read.
-NOT_TRAINED_ON = {"show", "report_to", "output_dir", "test_data", "sft_more", "retrain_sft", "save_steps"}
+NOT_TRAINED_ON = {
+    "show", "report_to", "output_dir", "test_data", "sft_more", "dpo_from_base", "retrain_sft", "save_steps", "adapter",
+    "precision", "base_model_16bit", "runs",
+}  # fmt: skip
 DPO_ONLY = {"beta", "learning_rate", "num_train_epochs", "sft_adapter"}
 NO_BETA = {"beta"}  # sft-more shares DPO's schedule, not its loss
 
@@ -30,7 +33,10 @@ def load_data(config: Config) -> Data:
         UserError: anything wrong in a file, or an overlap, with the first line that overlaps.
     """
     comparisons = load(config.data)
-    split = split_by_user(comparisons, config.train_fraction, config.validation_fraction, config.split_seed)
+    try:
+        split = split_by_user(comparisons, config.train_fraction, config.validation_fraction, config.split_seed)
+    except UserError as error:
+        raise UserError(f"{config.data}: {error}") from None
     manifest: dict[str, Any] = {
         "file": str(config.data),
         "sha256": sha256(config.data),
@@ -39,6 +45,7 @@ def load_data(config: Config) -> Data:
         "split": split.manifest(),
     }
     if config.test_data is None:
+        _refuse_overlap(config.data, split.test, split)  # of rows that stand twice: users are apart already
         return Data(split, manifest, config.data)
     test = load(config.test_data)
     _refuse_overlap(config.test_data, test, split)
@@ -47,14 +54,15 @@ def load_data(config: Config) -> Data:
 
 def _refuse_overlap(path: Path, test: list[Comparison], split: Split) -> None:
     seen = [*split.train, *split.validation]
-    keys = {c.key for c in seen}
-    users = {c.user for c in seen if c.user is not None}
+    keys = {c.key: c.line for c in reversed(seen)}
+    users = {c.user: c.line for c in reversed(seen) if c.user is not None}
     for c in test:
-        shared = "row" if c.key in keys else "user" if c.user in users and c.user is not None else None
-        if shared:
-            raise UserError(
-                f"{path}, line {c.line}: this {shared} is in the training data too; test on other people's rows"
-            )
+        for shared, line in (("comparison", keys.get(c.key)), ("user", users.get(c.user or ""))):
+            if line is not None:
+                raise UserError(
+                    f"{path}, line {c.line}: this {shared} is in the training data too (line {line} there); remove"
+                    " it, and test on other people's rows"
+                )
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -67,7 +75,9 @@ def difference(config: Config, manifest: dict[str, Any], data: Data) -> list[str
     """In what the settings and data that made an adapter differ from now, one text a difference."""
     ignored = set(NOT_TRAINED_ON)
     ignored |= {"sft": DPO_ONLY, "sft-more": NO_BETA}.get(manifest.get("kind", ""), set())
-    if manifest.get("kind") != "sft":
+    if manifest.get("kind") == "dpo-from-base":
+        ignored |= {"sft_adapter", "sft_learning_rate", "sft_epochs"}
+    elif manifest.get("kind") != "sft":
         # The SFT adapter that DPO started from is recorded by its hash.
         ignored |= {"sft_adapter", "sft_learning_rate", "sft_epochs", "lora_r", "lora_alpha"}
     then, now = manifest.get("config", {}), config.as_json()
@@ -76,6 +86,10 @@ def difference(config: Config, manifest: dict[str, Any], data: Data) -> list[str
         for name in now
         if name not in ignored | {"data", "backend"} and then.get(name) != now[name]
     ]
+    started_from = manifest.get("lineage", {}).get("started_from")
+    weights = config.sft_folder / "adapter_model.safetensors"
+    if started_from and weights.is_file() and sha256(weights) != started_from:
+        texts.append(f"it started from another SFT adapter than {config.sft_folder}")
     if manifest.get("data", {}).get("split") != data.manifest["split"]:
         texts.append(f"the data or its split is another ({manifest.get('data', {}).get('file')}, {config.data})")
     return texts

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from quantpref import statistics as st
 from quantpref.comparisons import Comparison
@@ -13,6 +14,7 @@ from quantpref.runs import UserError, atomic_file
 from quantpref.scoring import ORDERS, Scores
 
 Floats = NDArray[np.float64]
+NEAR_TIE_NATS = 0.05  # a probability within 1.3 points of one half
 
 
 def arm_metrics(scores: Scores, validation: Scores) -> dict[str, Any]:
@@ -44,7 +46,19 @@ def arm_metrics(scores: Scores, validation: Scores) -> dict[str, Any]:
         "brier_calibrated": st.brier(calibrated),
         "nll_calibrated": st.nll(calibrated),
         "ece_calibrated": st.ece(calibrated),
+        "near_ties": float((np.abs(margins) < NEAR_TIE_NATS).mean()),
+        "reliability": {"raw": _bins(margins), "calibrated": _bins(calibrated)},
+        "confidence_histogram": _histogram(np.tanh(margins / 2)),
     }
+
+
+def _bins(margins: Floats) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in st.reliability_bins(margins)._asdict().items()}
+
+
+def _histogram(confidences: Floats) -> dict[str, list[float]]:
+    counts, edges = np.histogram(confidences, bins=40, range=(-1, 1))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def baseline_metrics(margins: Floats) -> dict[str, Any]:
@@ -62,8 +76,8 @@ def flipped(scores: Scores) -> NDArray[np.bool_]:
 
 
 def probability(margins: Floats) -> Floats:
-    """P of the preferred film: sigmoid(margin)."""
-    return 1 / (1 + np.exp(-margins))
+    """P of the preferred film: sigmoid(margin), without overflow."""
+    return expit(margins)
 
 
 def secondary_tests(
@@ -86,7 +100,7 @@ def secondary_tests(
     if "sft-more" in arms:
         better = st.correctness(arms["dpo"].margins) - st.correctness(arms["sft-more"].margins)
         differences["accuracy_against_sft_more"] = better
-    tests = [
+    tests: list[dict[str, Any]] = [
         {"test": name, "difference": float(d.mean()), "p_value": st.sign_flip_p(d, users, seed)}
         for name, d in differences.items()
     ]
@@ -127,10 +141,10 @@ def read_predictions(path: Path, comparisons: Sequence[Comparison]) -> dict[str,
         rows = pq.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); evaluate again") from None
-    found = {(r["arm"], r["comparison"], r["order"]): (r["logp_a"], r["logp_b"]) for r in rows}
-    arms = list(dict.fromkeys(r["arm"] for r in rows))
     try:
+        found = {(r["arm"], r["comparison"], r["order"]): (r["logp_a"], r["logp_b"]) for r in rows}
+        arms = list(dict.fromkeys(r["arm"] for r in rows))
         values = {a: np.array([[found[a, c.line, o] for o in ORDERS] for c in comparisons]) for a in arms}
     except KeyError as error:
-        raise UserError(f"{path}: holds no row for {error.args[0]}; evaluate again") from None
+        raise UserError(f"{path}: holds no {error.args[0]}; evaluate again") from None
     return {arm: Scores(v[..., 0], v[..., 1]) for arm, v in values.items()}

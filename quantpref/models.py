@@ -73,6 +73,30 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def load_16bit(name: str, revision: str | None, four_bit: Base) -> Base:
+    """The same base without quantisation, with the 4-bit base's tokenizer: what does quantisation cost?
+
+    Raises:
+        UserError: not there, or stored in 4 bits.
+    """
+    if _stored_quantisation(name, revision) is not None:
+        raise UserError(f"base {name}: is stored in 4 bits; give its 16-bit original with --base-model-16bit")
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=compute_dtype(),
+        device_map={"": device()},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    shape, expected = (model.config.hidden_size, model.config.num_hidden_layers), four_bit.model.config
+    if shape != (expected.hidden_size, expected.num_hidden_layers):
+        raise UserError(f"base {name}: has another shape than {four_bit.name}; it is not the same base")
+    model.requires_grad_(False)
+    return Base(model, four_bit.tokenizer, "transformers", "", name, revision)
+
+
 def load_base(name: str, revision: str | None, backend: Backend, max_length: int = 2048) -> Base:
     """Load the base in 4-bit (nf4, double quantisation) from a hub id or a folder, frozen.
 
@@ -94,7 +118,8 @@ def load_base(name: str, revision: str | None, backend: Backend, max_length: int
     return Base(model, tokenizer, backend, _fingerprint(model, tokenizer), name, revision)
 
 
-def _check_stored_quantisation(name: str, revision: str | None) -> None:
+def _stored_quantisation(name: str, revision: str | None) -> dict[str, Any] | None:
+    """The quantisation that the base is stored in; None for one in 16 or 32 bits."""
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"base {name}: no such folder; give a hub id or a folder with --base-model")
     try:
@@ -105,9 +130,13 @@ def _check_stored_quantisation(name: str, revision: str | None) -> None:
             " give another --base-model; `--preset tiny` needs no download"
         ) from None
     stored = getattr(config, "quantization_config", None)
+    return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+
+
+def _check_stored_quantisation(name: str, revision: str | None) -> None:
+    stored = _stored_quantisation(name, revision)
     if stored is None:
         return
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
     found = (stored.get("load_in_4bit"), stored.get("bnb_4bit_quant_type"), stored.get("bnb_4bit_use_double_quant"))
     if found != (True, "nf4", True):
         raise UserError(
@@ -234,16 +263,16 @@ def lora_weights(shape: Any, r: int) -> int:
 
 def attach(base: Base, adapters: Mapping[str, Adapter]) -> PeftModel:
     """The base with the given adapters by name, the first one active, each loaded to the last weight."""
-    model: PeftModel | None = None
-    for name, adapter in adapters.items():
-        if model is None:
-            model = _wrap(base, adapter.config, name, seed=0)
-        else:
+    first, *others = adapters.items()
+    model = _wrap(base, first[1].config, first[0], seed=0)
+    try:
+        for name, adapter in others:
             model.add_adapter(name, adapter.config)
-        _fill(model, name, adapter)
-    if model is None:
-        raise ValueError("no adapters to attach")
-    model.set_adapter(next(iter(adapters)))
+        for name, adapter in adapters.items():
+            _fill(model, name, adapter)
+    except UserError:
+        model.unload()  # the base stays as it was
+        raise
     return model
 
 

@@ -108,18 +108,20 @@ def tokenise(
         _encode(tokenizer, rejected_texts),
         strict=True,
     )
-    special = {tokenizer.eos_token_id, *bos}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {tokenizer.eos_token_id, *bos, *special} - {tokenizer.unk_token_id}
     pairs, slot = [], None
     for comparison, prompt_ids, chosen_ids, rejected_ids in ids:
-        where = f"line {comparison.line}" if comparison.line else f"{comparison.option_a}"
+        where = _where(comparison)
         n = len(prompt_ids)
         if chosen_ids[:n] != prompt_ids or rejected_ids[:n] != prompt_ids:
             raise UserError(
                 f"{where}: the prompt's tokens are not a prefix of prompt + response with this tokenizer; the model"
                 " would be trained on one text and scored on another. Use the base model's own tokenizer"
             )
-        if special & {*chosen_ids, *rejected_ids}:
-            raise UserError(f"{where}: the text holds a begin- or end-of-text token; remove it")
+        if inside := special & {*chosen_ids, *rejected_ids}:
+            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(inside))))
+            raise UserError(f"{where}: the text holds {names}, a control token of this tokenizer; remove it")
         pair = TokenisedPair(
             bos + prompt_ids,
             [*chosen_ids[n:], tokenizer.eos_token_id],
@@ -133,6 +135,10 @@ def tokenise(
     if slot is None:
         raise UserError("no comparisons to tokenise")
     return pairs, slot
+
+
+def _where(comparison: Comparison) -> str:
+    return f"line {comparison.line}" if comparison.line else str(comparison.option_a)
 
 
 def answer_slot(pair: TokenisedPair, label: Label) -> AnswerSlot:
@@ -167,7 +173,7 @@ def fit(
         for i in todo:
             if len(result[i].history) == 1:
                 raise UserError(
-                    f"line {result[i].line}: longer than {max_length} tokens even with one history film;"
+                    f"{_where(result[i])}: longer than {max_length} tokens even with one history film;"
                     " raise --max-length"
                 )
             shortened += len(result[i].history) == len(comparisons[i].history)

@@ -36,6 +36,10 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error), 2)
     except RunError as error:
         fail(str(error), 1)
+    except OSError as error:
+        if error.errno is None:  # a library's own use of the type: nothing that a user can act on
+            raise
+        fail(f"{error.filename or 'writing'}: {error.strerror}; is there space, and the right to write there?", 1)
     except KeyboardInterrupt:
         fail("interrupted; nothing unfinished stands under a final name", 130)
 

@@ -232,9 +232,10 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     before the first step they agree to the last bit and the loss is ln 2.
     """
 
-    def __init__(self, *args: Any, train_dataset: Any, **kwargs: Any) -> None:
-        rows = train_dataset.add_column("row", list(range(len(train_dataset))))
-        super().__init__(*args, train_dataset=rows, **kwargs)
+    def __init__(self, **settings: Any) -> None:
+        pairs = settings["train_dataset"]
+        rows = pairs.add_column("row", list(range(len(pairs))))
+        super().__init__(**{**settings, "train_dataset": rows})
         self.precompute_ref_logps = True  # TRL's loss then reads them from the batch
         self.reference = torch.full((len(rows), 2), torch.nan, device=self.accelerator.device)
 

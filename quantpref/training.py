@@ -99,20 +99,30 @@ def train_sft(
 
 
 def train_dpo(
-    base: Base, train: Sequence[Comparison], config: Config, folder: Path, manifest: dict[str, Any], sft: Adapter
+    base: Base,
+    train: Sequence[Comparison],
+    config: Config,
+    folder: Path,
+    manifest: dict[str, Any],
+    sft: Adapter | None,
 ) -> None:
-    """DPO from the SFT adapter, with that adapter frozen as the reference."""
+    """DPO from the SFT adapter, with that adapter frozen as the reference.
+
+    Without one it is arm dpo-from-base: a fresh adapter, which changes nothing yet, so that the reference is
+    the bare base.
+    """
     dataset, counts = training_pairs(base, train, config)
-    model = attach(base, {"default": sft})
+    model = attach(base, {"default": sft}) if sft else new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
     arguments = _arguments(base, dataset, config, config.num_train_epochs, config.learning_rate, folder)
     trainer = _dpo_trainer(base, model, dataset, config, arguments)
-    _run(trainer, base, config, folder, {**manifest, "kind": "dpo", "counts": counts, **_lineage(sft, sft)})
+    kind = "dpo" if sft else "dpo-from-base"
+    _run(trainer, base, config, folder, {**manifest, "kind": kind, "counts": counts, **_lineage(sft, sft)})
 
 
 def trial_steps(
-    base: Base, train: Sequence[Comparison], config: Config, folder: Path, steps: int = 4
+    base: Base, train: Sequence[Comparison], config: Config, folder: Path, steps: int = 12
 ) -> dict[str, Any]:
-    """A few real DPO steps from a fresh adapter: first loss, whether the adapter moved, seconds per step.
+    """A few real DPO steps from a fresh adapter: first loss, what moved, seconds per step.
 
     The time is the median of the later half, since the first steps warm up. Leaves the base as it was, and nothing but logs in `folder`.
     """

@@ -209,8 +209,8 @@ def _always_said(inputs: VerdictInputs) -> list[str]:
     ]
     if not inputs.sft_training_rows_known:
         said.append(
-            "The SFT adapter's training rows are unknown: it may have been trained on test rows, "
-            "and then its accuracy, and that of the DPO adapter built on it, are too high."
+            "The test may be contaminated: the SFT adapter's training rows are unknown; if test rows are among them, "
+            "its accuracy, and that of the DPO adapter built on it, are too high."
         )
     return said
 
