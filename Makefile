@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TINY := --preset tiny
 
-.PHONY: demo test lint notebook simulate clean
+.PHONY: demo test lint bench notebook simulate clean
 
 demo: $(VENV)/ready
 	$(RUN) verify_dpo_setup.py $(TINY)
@@ -20,6 +20,9 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(VENV)/ready
+	$(RUN) benchmarks/shared_prefix_cpu.py
 
 # Executed on the results in outputs/tiny; the committed notebook stays without outputs.
 notebook: $(VENV)/ready

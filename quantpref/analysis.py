@@ -12,6 +12,7 @@ from quantpref.baselines import baseline_margins
 from quantpref.comparisons import Split
 from quantpref.metrics import arm_metrics, baseline_metrics, secondary_tests
 from quantpref.scoring import Scores
+from quantpref.sections import name_of
 from quantpref.slices import disagreements, slices
 from quantpref.verdict import TRUE_GAINS_PP, VerdictInputs, decide, failed_training_verdict
 
@@ -110,7 +111,7 @@ def verdict(
             gain: power.chance_of_supported_observed(float(gain), of_a_comparison, users, seed)
             for gain in TRUE_GAINS_PP
         },
-        best_baseline=best,
+        best_baseline=name_of(best),
         best_baseline_accuracy=best_row["accuracy"],
         sft_more_difference_pp=more.difference_pp if more else None,
         sft_more_ci95_pp=more.ci95_pp if more else None,

@@ -60,6 +60,8 @@ def table(results: dict[str, Any]) -> str:
     head, *rows = _cells(results)
     lines = [f"{head[0]:<18} {head[1]:<23} {head[2]:<11} {head[3]}"]
     lines += [f"{name:<18} {accuracy:<23} {confidence:<11} {gain}" for name, accuracy, confidence, gain in rows]
+    if results["verdict"].get("sft_training_rows_known") is False:
+        lines.append("The test may be contaminated: nobody knows which rows the SFT adapter was trained on.")
     return "\n".join(lines)
 
 

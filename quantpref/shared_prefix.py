@@ -110,7 +110,7 @@ def token_statistics(logits: Tensor, rows: Tensor, columns: Tensor, tokens: Tens
         )
 
 
-def _scatter(statistics: SimpleNamespace, mask: Tensor) -> SimpleNamespace:
+def scatter(statistics: SimpleNamespace, mask: Tensor) -> SimpleNamespace:
     """Put the N values back into the two-row shape, zero elsewhere, as TRL's fused head does."""
     return SimpleNamespace(
         **{
@@ -150,7 +150,7 @@ class SharedPrefix:
         rows = mask.nonzero()[:, 0] % len(shared_ids)
         columns = column_of[mask] - (shared_ids.size(1) - logits_to_keep)
         found = token_statistics(logits, rows, columns, labels[:, 1:][mask])
-        return _scatter(found, mask)
+        return scatter(found, mask)
 
 
 class CompletionCollator:
@@ -211,7 +211,7 @@ class CompletionOnly:
         ).logits
         columns = columns - (input_ids.size(1) - logits_to_keep)
         found = token_statistics(logits, rows, columns, labels[:, 1:][mask])
-        return _scatter(found, mask)
+        return scatter(found, mask)
 
 
 class CompletionSFTTrainer(SFTTrainer):
@@ -232,6 +232,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     before the first step they agree to the last bit and the loss is ln 2.
     """
 
+    stand_in = SharedPrefix  # what answers in the model's place; a benchmark puts two plain rows here
+
     def __init__(self, **settings: Any) -> None:
         pairs = settings["train_dataset"]
         rows = pairs.add_column("row", list(range(len(pairs))))
@@ -248,13 +250,13 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             self.reference[rows] = torch.stack(self.compute_ref_log_probs(model, inputs), dim=1)
         chosen, rejected = self.reference[rows].unbind(1)
         inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        loss = super()._compute_loss(SharedPrefix(model, self.dtype), inputs, return_outputs)
+        loss = super()._compute_loss(self.stand_in(model, self.dtype), inputs, return_outputs)
         if self.state.global_step == 0:
             self._check_first_loss(float(loss.detach()))
         return loss
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        return super().compute_ref_log_probs(SharedPrefix(model, self.dtype), inputs)
+        return super().compute_ref_log_probs(self.stand_in(model, self.dtype), inputs)
 
     @property
     def dtype(self) -> torch.dtype:

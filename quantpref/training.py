@@ -124,7 +124,8 @@ def trial_steps(
 ) -> dict[str, Any]:
     """A few real DPO steps from a fresh adapter: first loss, what moved, seconds per step.
 
-    The time is the median of the later half, since the first steps warm up. Leaves the base as it was, and nothing but logs in `folder`.
+    The time is the median of the later half, since the first steps warm up. Leaves the base as it was, and
+    nothing but logs in `folder`.
     """
     dataset, _ = training_pairs(base, train[: steps * config.effective_batch_size], config)
     model = new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
