@@ -33,7 +33,7 @@ class Check:
 def main(config: Config) -> None:
     failed = 0
     found: dict[str, Any] = {}  # what earlier checks hand to later ones: the data, the base
-    for check in (python, packages, device, data, power, base, disk, four_bit, dpo_steps):
+    for check in (python, packages, device, data, power, base, memory, disk, four_bit, dpo_steps):
         for result in run(check, config, found):
             failed += result.status == "fail"
             print(f"{MARKS[result.status]} {result.name:14} {result.found}", flush=True)
@@ -98,6 +98,22 @@ def device(config: Config, found: dict[str, Any]) -> Iterator[Check]:
         yield Check("fail", "device", "no GPU, and this base is too large for a CPU", "use a GPU, or --preset tiny")
     found["backend"] = choose_backend(config.backend)
     yield Check("ok", "backend", found["backend"])
+
+
+def memory(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """What training will take of the GPU, at one pair and at all pairs of a step in one pass."""
+    import torch
+
+    if "base" not in found or not torch.cuda.is_available():
+        return
+    from quantpref.models import training_memory_gib
+
+    shape, total = found["base"].model.config, torch.cuda.get_device_properties(0).total_memory / 2**30
+    one, all_pairs = (training_memory_gib(shape, config.lora_r, 200 * n) for n in (1, config.effective_batch_size))
+    fine = one <= 0.95 * total
+    text = f"about {one:.1f} GiB at one pair of 200 tokens at a time, {all_pairs:.1f} at {config.effective_batch_size}"
+    todo = "" if fine else "take a smaller preset: --preset llama3.2-3b or llama3.2-1b"
+    yield Check("ok" if fine else "fail", "memory", f"{text}; the GPU has {total:.1f}", todo)
 
 
 def disk(config: Config, found: dict[str, Any]) -> Iterator[Check]:

@@ -19,7 +19,7 @@ from trl import DPOConfig, SFTConfig
 
 from config import Config
 from quantpref.comparisons import Comparison, counterbalance
-from quantpref.models import Adapter, Base, attach, device, new_adapter
+from quantpref.models import Adapter, Base, attach, device, new_adapter, training_memory_gib
 from quantpref.prompts import fit, pairs_dataset, tokenise
 from quantpref.runs import MANIFEST, RunError, atomic_folder, environment, sha256, write_json
 from quantpref.shared_prefix import (
@@ -50,19 +50,22 @@ def training_pairs(base: Base, train: Sequence[Comparison], config: Config) -> t
 def micro_batch_size(base: Base, tokens_per_pair: int, config: Config) -> int:
     """Pairs per forward pass: the config's, or the largest divisor of the effective batch that fits.
 
-    Predicted from free memory: about 30 activations of the hidden size a token and layer without
-    checkpointing (18.4 GiB for 1,600 tokens of Llama 3 8B, FACTS), and three copies of the kept logits.
+    Decided before training from the memory that is free; the result does not depend on it.
     """
     if isinstance(config.per_device_train_batch_size, int):
         return config.per_device_train_batch_size
     if device().type == "cpu":
         return config.effective_batch_size
-    free, _ = torch.cuda.mem_get_info()
+    free_gib = torch.cuda.mem_get_info()[0] / 2**30
     shape = base.model.config
-    bytes_per_token = 30 * shape.num_hidden_layers * shape.hidden_size * 2 + 12 * shape.vocab_size * 0.5
-    fitting = max(1, int(0.8 * free / (bytes_per_token * tokens_per_pair)))
-    return max(n for n in range(1, config.effective_batch_size + 1)
-               if config.effective_batch_size % n == 0 and n <= fitting)  # fmt: skip
+    already = training_memory_gib(shape, config.lora_r, 0)  # the base is loaded: its memory is not free any more
+    divisors = [n for n in range(1, config.effective_batch_size + 1) if config.effective_batch_size % n == 0]
+    fitting = [
+        n
+        for n in divisors
+        if training_memory_gib(shape, config.lora_r, n * tokens_per_pair) - already <= 0.85 * free_gib
+    ]
+    return max(fitting, default=1)
 
 
 def train_sft(

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from quantpref.comparisons import Comparison, Movie
 
 ROOT = Path(__file__).resolve().parent.parent
+# Before torch is imported, here and in the commands that tests start: many short runs on the tiny base are over
+# before a second thread has warmed up, and on shared cores it makes them slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 GENRES = ("Action", "Comedy", "Drama", "Horror", "Sci-Fi", "Western")
 
 

@@ -445,6 +445,9 @@ def test_fingerprint_ignores_orders_only(comparisons):
         replace(row, option_a=replace(row.option_a, genres=row.option_b.genres), option_b=row.option_b),
     ]
     fingerprints = [fingerprint([*rows[:3], c, *rows[4:]]) for c in changed]
+    # Where both films have the same genres the label alone still counts.
+    alike = replace(row, option_a=replace(row.option_a, genres=row.option_b.genres))
+    assert fingerprint([alike]) != fingerprint([replace(alike, label="A" if alike.label == "B" else "B")])
     assert len({expected, *fingerprints, fingerprint(rows[1:]), fingerprint([*rows, rows[0]])}) == len(changed) + 3
 
 

@@ -228,7 +228,7 @@ def test_the_browser_turns_pages(run):
     assert page.value == browse.show_comparison(run, rows["all"][0]) and place.max == len(run.test)
     place.value = len(run.test)
     assert page.value == browse.show_comparison(run, rows["all"][-1])
-    for name, found in rows.items():
+    for name, found in reversed(rows.items()):
         which.value = name
         assert place.value == 1 and place.max == max(1, len(found))
         assert page.value == (browse.show_comparison(run, found[0]) if found else "<p>There is none.</p>")

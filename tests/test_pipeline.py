@@ -204,7 +204,7 @@ def test_test_data_that_was_trained_on_is_refused(out, data, tmp_path):
     train = counterbalance(split_by_user(load(data), 0.7, 0.1, 3407).train, seed=1)
     save(tmp_path / "test.jsonl", [flip(c) for c in train[:3]])
     text = script("evaluate_dpo.py", out, data, "--test-data", tmp_path / "test.jsonl", status=2)
-    assert "test.jsonl, line 1: this row is in the training data too" in text
+    assert "test.jsonl, line 1: this comparison is in the training data too" in text
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):

@@ -333,7 +333,8 @@ def test_results_in_blocks_are_those_in_one_block(monkeypatch, block):
     low, high = paired_bootstrap(differences, users)
     p = sign_flip_p(differences, users)
     chance = chance_of_supported_observed(8, differences, users)
-    monkeypatch.setattr(statistics, "_BLOCK", block * 40)
+    monkeypatch.setattr(statistics, "BLOCK", block * 40)
+    monkeypatch.setattr(power, "BLOCK", block * 40)
     width = high - low
     assert paired_bootstrap(differences, users) == pytest.approx((low, high), abs=0.05 * width)
     assert sign_flip_p(differences, users) == pytest.approx(p, abs=2 * four_errors(p, 10_000))

@@ -293,7 +293,7 @@ def test_the_number_of_seeds_and_their_spread():
 
 def test_unknown_training_rows_are_said():
     text = said(replace(SUPPORTED, sft_training_rows_known=False))
-    assert "The SFT adapter's training rows are unknown: it may have been trained on test" in text
+    assert "The test may be contaminated: the SFT adapter's training rows are unknown" in text
 
 
 @pytest.mark.parametrize(
