@@ -63,7 +63,9 @@ def python(config: Config, found: dict[str, Any]) -> Iterator[Check]:
 
 def packages(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     """Installed versions against the pins; another version may work, a missing package cannot."""
-    pins = re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    # What stands from "# notebook" on is for the notebook and for working on this project.
+    needed = (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8").partition("# notebook")[0]
+    pins = re.findall(r"^([\w-]+)==(\S+)", needed, re.MULTILINE)
     missing, other = [], []
     for name, pin in pins:
         try:

@@ -115,9 +115,6 @@ def _here(path: Path) -> Path:
     return here if not path.exists() and here.exists() else path
 
 
-# --- the page -----------------------------------------------------------------------------------------
-
-
 def image(figure: Figure | None) -> Image | HTML:
     """A figure as a PNG on the page; a line where results.json lacks its numbers."""
     if figure is None:

@@ -266,7 +266,7 @@ def training_memory_gib(shape: Any, r: int, tokens: int) -> float:
 
     4-bit projections with their constants (0.516 bytes a weight), embeddings and LM head in bf16; the adapter
     in float32 with gradient, 8-bit moments and its frozen reference; 30 activations of the hidden size a token
-    and layer in bf16, and 12 bytes a logit on 40 % of the tokens. Llama 3 8B at 1,600 tokens: 18.5 GiB, where
+    and layer in bf16, and 16 bytes a logit on 40 % of the tokens. Llama 3 8B at 1,600 tokens: 18.8 GiB, where
     18.1 were measured (benchmarks/RESULTS.md).
     """
     heads = shape.num_attention_heads * shape.head_dim
@@ -274,7 +274,7 @@ def training_memory_gib(shape: Any, r: int, tokens: int) -> float:
     linear = shape.num_hidden_layers * shape.hidden_size * (2 * heads + 2 * key_value + 3 * shape.intermediate_size)
     weights = 0.516 * linear + 2 * 2 * shape.vocab_size * shape.hidden_size
     adapter = lora_weights(shape, r) * (4 + 4 + 2 + 4)
-    activations = tokens * (30 * shape.num_hidden_layers * shape.hidden_size * 2 + 0.4 * 12 * shape.vocab_size)
+    activations = tokens * (30 * shape.num_hidden_layers * shape.hidden_size * 2 + 0.4 * 16 * shape.vocab_size)
     return (weights + adapter + activations) / 2**30
 
 

@@ -6,7 +6,7 @@ probability proportional to exp(utility / noise):
     utility(user, film) = effect * (genre taste + era taste) + popularity * fame(film)
 
 Five films are the history, the sixth is the preferred one, and a film of like popularity that the user did
-not watch is the other. Since the tastes are known, so is the best accuracy that anybody can reach.
+not watch is the other. Since the tastes are known, so is what somebody who knew them would score.
 """
 
 import csv

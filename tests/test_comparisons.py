@@ -169,7 +169,7 @@ ANY_COMPARISON = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ANY_COMPARISON)
 def test_what_is_saved_is_what_is_loaded_or_saving_refuses(tmp_path, made):
     path = tmp_path / "x.jsonl"
@@ -186,7 +186,7 @@ def test_what_is_saved_is_what_is_loaded_or_saving_refuses(tmp_path, made):
 NICE = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="()"), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(NICE, st.integers(1000, 9999)), min_size=3, max_size=7, unique=True),
     st.permutations(["Drama", "Sci-Fi", "Children's", "Film-Noir", NO_GENRES]),

@@ -51,18 +51,19 @@ PROMPT_TOKENS = [
     "2008", ").", "ĠOption", "ĠA", ":", " Fargo (1996)", "Ġ(", "Crime", "|", "Drama", ").", "ĠOption", "ĠB", ":",
     " Jaws (1975)", "Ġ(", "Action", ").", "Ċ", "Ċ", "###", "ĠResponse", ":", "Ċ",
 ]  # fmt: skip
+# Of the committed tokenizer: a base that is made anew may number its tokens in another way.
 PROMPT_IDS = [
-    0, 328, 450, 28, 201, 507, 278, 360, 349, 397, 537, 14, 543, 548, 298, 278, 521, 534, 278, 360, 531, 398, 16,
-    201, 201, 328, 448, 28, 201, 372, 28, 1395, 14, 655, 18, 14, 932, 18, 274, 37, 259, 563, 271, 270, 268, 28,
-    1360, 259, 414, 94, 327, 271, 270, 274, 28, 1191, 259, 434, 271, 201, 201, 328, 451, 28, 201,
+    0, 302, 399, 28, 201, 424, 274, 311, 339, 349, 449, 14, 459, 464, 298, 274, 434, 454, 274, 311, 443, 351, 16,
+    201, 201, 302, 397, 28, 201, 369, 28, 1395, 14, 667, 18, 14, 881, 18, 277, 37, 259, 576, 276, 271, 273, 28,
+    1360, 259, 474, 94, 328, 276, 271, 277, 28, 1191, 259, 490, 276, 201, 201, 302, 400, 28, 201,
 ]  # fmt: skip
 CHOSEN_IDS = [
-    402, 542, 550, 452, 270, 274, 16, 541, 28, 282, 360, 536, 545, 351, 544, 540, 442, 523, 535, 413, 223, 434, 16,
-    270, 268, 259, 414, 94, 327, 11, 546, 518, 547, 467, 522, 538, 397, 549, 16, 1,
+    373, 457, 466, 393, 271, 277, 16, 456, 28, 284, 311, 448, 461, 358, 460, 452, 388, 436, 446, 375, 223, 490, 16,
+    271, 273, 259, 474, 94, 328, 11, 462, 432, 463, 403, 435, 450, 349, 465, 16, 1,
 ]  # fmt: skip
 REJECTED_IDS = [
-    402, 542, 550, 452, 270, 268, 16, 541, 28, 282, 360, 536, 545, 351, 544, 540, 442, 523, 535, 413, 223, 414, 94,
-    327, 16, 270, 274, 259, 434, 11, 546, 518, 547, 467, 522, 538, 397, 549, 16, 1,
+    373, 457, 466, 393, 271, 273, 16, 456, 28, 284, 311, 448, 461, 358, 460, 452, 388, 436, 446, 375, 223, 474, 94,
+    328, 16, 271, 277, 259, 490, 11, 462, 432, 463, 403, 435, 450, 349, 465, 16, 1,
 ]  # fmt: skip
 
 
@@ -125,8 +126,8 @@ def test_exact_token_ids(tokenizer):
     (pair,), slot = tokenise(tokenizer, [ONE])
     assert tokenizer.convert_ids_to_tokens(pair.prompt_ids) == PROMPT_TOKENS
     assert pair == TokenisedPair(PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS)
-    assert slot == AnswerSlot((402, 542, 550, 452, 270), 268, 274)
-    assert tokenizer.convert_ids_to_tokens([268, 274]) == ["ĠA", "ĠB"]
+    assert slot == AnswerSlot((373, 457, 466, 393, 271), 273, 277)
+    assert tokenizer.convert_ids_to_tokens([273, 277]) == ["ĠA", "ĠB"]
     (verdict,), same_slot = tokenise(tokenizer, [ONE], "verdict")
     assert verdict == TokenisedPair(PROMPT_IDS, [*CHOSEN_IDS[:7], 1], [*REJECTED_IDS[:7], 1])
     assert same_slot == slot
@@ -311,7 +312,7 @@ def llama3():
 
 
 def test_llama3_answer_tokens_and_lengths(llama3):
-    rows = load(EMBEDDED)[::8]
+    rows = load(EMBEDDED)[::16]
     slot = check_pairs(llama3, [ONE, AWKWARD, flip(ONE), flip(AWKWARD), *rows])
     assert (slot.token_a, slot.token_b) == (362, 426)
     assert llama3.batch_decode([[362], [426]]) == [" A", " B"]
