@@ -24,9 +24,11 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) benchmarks/shared_prefix_cpu.py
 
-# Executed on the results in outputs/tiny; the committed notebook stays without outputs.
+# The executed notebook as a page in outputs/tiny; the committed one stays without outputs. Stored widget state
+# would make the page fetch widget code from the network.
 notebook: $(VENV)/ready
-	$(RUN) -m nbconvert --to notebook --execute dpo_comparison.ipynb --output-dir outputs/tiny
+	$(VENV)/bin/jupyter nbconvert --to html --execute --ExecutePreprocessor.store_widget_state=False \
+		--output-dir outputs/tiny dpo_comparison.ipynb
 
 # The whole analysis on simulated arms: does the verdict keep its promises? Exit status 1 where it does not.
 simulate: $(VENV)/ready

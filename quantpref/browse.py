@@ -162,7 +162,8 @@ def card(
         rows.append([html.escape(name_of(arm)), *bars, choice + mark])
     where = f"<b>Comparison {comparison.line}</b>" if comparison.line else ""
     return (
-        f'<div style="max-width:58em">{where}<div>Watched, oldest first:<ol style="margin:.2em 0">{history}</ol></div>'
+        f'<div style="max-width:58em;line-height:1.5">{where}<div>Watched, oldest first:</div>'
+        f'<ol style="margin:.2em 0">{history}</ol>'
         f"{options}{table(head, rows)}</div>"
     )
 
@@ -211,7 +212,7 @@ def browser(run: Run) -> "Widget | HTML":
     which = ipywidgets.Dropdown(
         options=[(f"{name} ({len(r):,})", name) for name, r in rows.items()], description="Show"
     )
-    place = ipywidgets.IntSlider(1, 1, len(rows["all"]), description="Number", continuous_update=False)
+    place = ipywidgets.IntSlider(1, 1, len(rows["all"]), description="Number", layout={"width": "36em"})
     page = ipywidgets.HTML()
 
     def turn(_: Any = None) -> None:

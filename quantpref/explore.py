@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from IPython.display import HTML
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from config import Config
@@ -93,6 +94,7 @@ def rows_figure(comparisons: Sequence[Comparison], found: "PreTrainedTokenizerBa
         step = max(1, (max(lengths) - min(lengths)) // 30)
         edges = np.arange(min(lengths), max(lengths) + step + 1, step) - 0.5
         left.hist(lengths, bins=edges.tolist(), color=INK, alpha=0.6, rwidth=0.9)
+        left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         left.set(xlabel=f"Prompt length ({'tokens' if found else 'words'})", ylabel="Comparisons")
         for label, colour, films in (
             ("preferred film", PREFERRED, [c.preferred for c in comparisons]),
