@@ -60,7 +60,7 @@ class Config:
     sft_adapter: Path | None = None
     """Take the SFT adapter from this folder instead of <output-dir>/llama3_sft_4bit_final."""
     retrain_sft: bool = False
-    """Train the SFT baseline even where one is finished; it needs an --output-dir without one."""
+    """Train SFT, and what started from it, again; the finished adapters are renamed, not lost."""
     sft_learning_rate: float = 2e-4
     """Peak learning rate of SFT; QLoRA's usual value."""
     sft_epochs: int = 1

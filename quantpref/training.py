@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig
@@ -246,6 +247,7 @@ class _Log(TrainerCallback):
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
+            console=Console(width=None if sys.stdout.isatty() else 120),  # in a log nothing is cut off
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
