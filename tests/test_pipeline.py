@@ -296,3 +296,47 @@ def test_a_diverging_dpo_run_is_not_supported(out, data, tmp_path):
     assert not (tmp_path / "llama3_dpo_4bit_final" / "adapter_model.safetensors").exists()
     assert "NOT SUPPORTED" in script("evaluate_dpo.py", tmp_path, data, *more)
     assert set(results_of(tmp_path)["arms"]) == {"base", "sft"}
+
+
+def test_further_arms_and_the_16_bit_base(out, data, tmp_path):
+    more = ("--sft-adapter", out / "llama3_sft_4bit_final", "--no-sft-more", "--dpo-from-base")
+    script("train_dpo.py", tmp_path, data, *more)
+    lineage = manifest(tmp_path, "dpo_from_base")["lineage"]
+    assert lineage == {"started_from": None, "reference": None}
+    assert manifest(tmp_path, "dpo_from_base")["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    evaluate = (*more, "--adapter", f"other={out / 'llama3_sft_more_4bit_final'}", "--precision", "4bit", "16bit")
+    script("evaluate_dpo.py", tmp_path, data, *evaluate)
+    results = results_of(tmp_path)
+    assert set(results["arms"]) == {"base", "sft", "dpo", "dpo-from-base", "other"}
+    assert set(results["against_sft"]) == {"base", "dpo", "dpo-from-base", "other"}
+    right = defaultdict(int)
+    for row in pq.read_table(tmp_path / "evaluation" / "predictions_16bit.parquet").to_pylist():
+        margin = (row["logp_a"] - row["logp_b"]) * (1 if row["preferred"] == "A" else -1)
+        right[row["arm"], row["comparison"]] += margin
+    for arm, row in results["quantisation"]["arms"].items():
+        share = sum(margin > 0 for (of, _), margin in right.items() if of == arm) / 48
+        assert row["accuracy_16bit"] == pytest.approx(share)
+        assert row["loss_pp"] == pytest.approx(100 * (share - results["arms"][arm]["accuracy"]))
+    assert "What quantisation costs" in (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert "NAME=FOLDER" in script("evaluate_dpo.py", tmp_path, data, "--adapter", "dpo=x", status=2)
+
+
+def test_runs_of_two_seeds_are_judged_together(out, data, tmp_path):
+    second = tmp_path / "second"
+    script("train_dpo.py", second, data, "--seed", 2)
+    script("evaluate_dpo.py", second, data, "--seed", 2)
+    script("evaluate_dpo.py", tmp_path / "both", data, "--runs", out, second)
+    both, one, other = results_of(tmp_path / "both"), results_of(out), results_of(second)
+    assert both["verdict"]["seed_differences_pp"] == pytest.approx(
+        [one["verdict"]["difference_pp"], other["verdict"]["difference_pp"]]
+    )
+    for arm in ("base", "sft", "dpo", "sft-more"):
+        mean = (one["arms"][arm]["accuracy"] + other["arms"][arm]["accuracy"]) / 2
+        assert both["arms"][arm]["accuracy"] == pytest.approx(mean)
+    assert [run["seed"] for run in both["runs"]] == [3407, 2]
+    assert "same seed" in script("evaluate_dpo.py", tmp_path / "twice", data, "--runs", out, out, status=2)
+    assert "not found" in script("evaluate_dpo.py", tmp_path / "no", data, "--runs", out, tmp_path / "none", status=2)
+    exchanged = tmp_path / "other.jsonl"
+    save(exchanged, simulate(240, seed=12).comparisons)
+    text = script("evaluate_dpo.py", tmp_path / "different", exchanged, "--runs", out, second, status=2)
+    assert "was tested on other comparisons" in text
