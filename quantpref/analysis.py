@@ -113,6 +113,7 @@ def verdict(
         },
         best_baseline=name_of(best),
         best_baseline_accuracy=best_row["accuracy"],
+        popularity_accuracy=results["baselines"]["popularity"]["accuracy"],
         sft_more_difference_pp=more.difference_pp if more else None,
         sft_more_ci95_pp=more.ci95_pp if more else None,
         instability=tuple(instability),

@@ -18,6 +18,7 @@ TRUE_GAINS_PP = ("2", "3", "5")  # keys of chance_of_supported
 LN_2 = math.log(2)  # DPO's loss before its first step: above it, training has unlearned
 
 NULL_WARNING = "with no true difference this outcome comes up in almost half of all experiments"
+POPULARITY_EXPLAINS = 0.65  # from here on the verdict says so; matched data score near 0.5
 CONFIDENCE_WARNING = (
     "DPO's confidence rises with 1/beta by construction, with no better ranking: "
     "look at the calibrated Brier, NLL and ECE beside it."
@@ -47,6 +48,8 @@ class VerdictInputs:
     """Keys "2", "3" and "5": the true gain in percentage points."""
     best_baseline: str
     best_baseline_accuracy: float
+    popularity_accuracy: float | None = None
+    """What counting how often a film was watched scores on the test."""
     sft_more_difference_pp: float | None = None
     """DPO - sft-more; None where that arm was not trained."""
     sft_more_ci95_pp: tuple[float, float] | None = None
@@ -203,6 +206,7 @@ def _always_said(inputs: VerdictInputs) -> list[str]:
         f"The chance of SUPPORTED with this test is {chance['2']} at a true gain of 2 points, "
         f"{chance['3']} at 3 and {chance['5']} at 5 (simulated, {taken}).",
         _baseline_sentence(inputs),
+        *_popularity_sentence(inputs),
         _extra_training_sentence(inputs),
         _seeds_sentence(inputs.seed_differences_pp),
         CONFIDENCE_WARNING,
@@ -224,6 +228,16 @@ def _baseline_sentence(inputs: VerdictInputs) -> str:
     text = {0: "beats neither arm", 1: f"beats {''.join(beaten)} only", 2: "beats both arms"}
     percent = f"{100 * inputs.best_baseline_accuracy:.2f} %"
     return f"The best baseline, {inputs.best_baseline} ({percent}), {text[len(beaten)]}."
+
+
+def _popularity_sentence(inputs: VerdictInputs) -> list[str]:
+    """The shortcut of the usual data: films that nobody watched as the other option."""
+    if inputs.popularity_accuracy is None or inputs.popularity_accuracy < POPULARITY_EXPLAINS:
+        return []
+    return [
+        f"Counting how often a film was watched scores {100 * inputs.popularity_accuracy:.2f} %: popularity explains "
+        "the data to that extent, and an arm near it may have learnt nothing about the user."
+    ]
 
 
 def _extra_training_sentence(inputs: VerdictInputs) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from quantpref.baselines import baseline_margins, co_occurrence, genre_overlap, popularity
-from quantpref.comparisons import Comparison, Movie, flip
+from quantpref.comparisons import Comparison, Movie, flip, load, save
+from quantpref.simulate import Population, load_catalogue, watch
 from quantpref.statistics import correctness
 
 A, B, C, D, E = (
@@ -173,3 +174,21 @@ def test_every_permutation_of_the_training_rows_gives_the_same():
     for order in itertools.islice(itertools.permutations(TRAIN), 0, 720, 90):
         for name, margins in baseline_margins(order, TEST).items():
             assert margins == pytest.approx(expected[name], abs=1e-4), name
+
+
+def test_the_file_that_people_bring_is_given_away_by_popularity(tmp_path):
+    """Its shape: 6,040 lines, all "A", no user; skewed popularity; any film not watched as the other."""
+    films = load_catalogue()
+    watched, _, _ = watch(films, 6040, 6, Population(effect=1.0, popularity=1.4), seed=1)
+    rng = np.random.default_rng(2)
+    rows = []
+    for films_of_user in watched:
+        other = rng.choice(np.setdiff1d(np.arange(len(films)), films_of_user))
+        history = tuple(Movie(films[f].title, films[f].year) for f in films_of_user[:5])
+        rows.append(Comparison(history, films[films_of_user[5]], films[other], "A"))
+    save(tmp_path / "brought.jsonl", rows)
+    brought = load(tmp_path / "brought.jsonl")
+    assert len(brought) == 6040 and {c.label for c in brought} == {"A"} and {c.user for c in brought} == {None}
+    margins = baseline_margins(brought, brought)
+    assert correctness(margins["always_a"]).mean() == 0.5
+    assert 0.79 < correctness(margins["popularity"]).mean() < 0.85

@@ -10,10 +10,13 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
 from config import ROOT
 from quantpref.comparisons import counterbalance, flip, load, save, split_by_user
@@ -98,6 +101,48 @@ def test_every_adapter_moved_away_from_the_one_it_started_from(out):
         assert not sft[name].equal(dpo[name]) and not sft[name].equal(more[name]) and not more[name].equal(dpo[name])
 
 
+def check_the_other_numbers(out, results):
+    """AUC, ECE, answer mass, single orders and calibration by sklearn, scipy and loops."""
+    tables = {
+        name: pq.read_table(out / "evaluation" / f"predictions{name}.parquet").to_pylist()
+        for name in ("", "_validation")
+    }
+    for arm, numbers in results["arms"].items():
+        rows = [row for row in tables[""] if row["arm"] == arm]
+        a_less_b = np.array([row["logp_a"] - row["logp_b"] for row in rows])
+        a_preferred = np.array([row["preferred"] == "A" for row in rows])
+        single = np.where(a_preferred, a_less_b, -a_less_b)
+        assert numbers["auc"] == pytest.approx(roc_auc_score(a_preferred, a_less_b))
+        assert numbers["answer_mass"] == pytest.approx(
+            np.mean([math.exp(row["logp_a"]) + math.exp(row["logp_b"]) for row in rows])
+        )
+        assert numbers["accuracy_single_order"] == pytest.approx(np.mean(single > 0))
+        assert numbers["confidence_single_order"] == pytest.approx(np.mean(2 / (1 + np.exp(-single)) - 1))
+        assert numbers["brier_single_order"] == pytest.approx(np.mean((1 - 1 / (1 + np.exp(-single))) ** 2))
+
+        def two_order(rows_of):
+            margins = defaultdict(list)
+            for row in rows_of:
+                sign = 1 if row["preferred"] == "A" else -1
+                margins[row["comparison"]].append(sign * (row["logp_a"] - row["logp_b"]))
+            return np.array([sum(pair) / 2 for pair in margins.values()])
+
+        margins = two_order(rows)
+        assert numbers["mean_margin"] == pytest.approx(margins.mean())
+        sure = 1 / (1 + np.exp(-np.abs(margins)))
+        bins = np.array_split(np.argsort(sure, kind="stable"), 15)
+        ece = sum(len(b) * abs(sure[b].mean() - (margins[b] > 0).mean()) for b in bins) / len(margins)
+        assert numbers["ece"] == pytest.approx(ece, abs=1e-6)
+        seen = two_order([row for row in tables["_validation"] if row["arm"] == arm])
+        best = minimize_scalar(
+            lambda log_t, seen=seen: np.mean(np.logaddexp(0, -seen / math.exp(log_t))),
+            bounds=(math.log(0.05), math.log(100)), method="bounded", options={"xatol": 1e-8},
+        )  # fmt: skip
+        scaled = margins / math.exp(best.x)
+        assert numbers["nll_calibrated"] == pytest.approx(np.mean(np.logaddexp(0, -scaled)), rel=1e-3)
+        assert numbers["brier_calibrated"] == pytest.approx(np.mean((1 - 1 / (1 + np.exp(-scaled))) ** 2), rel=1e-3)
+
+
 def test_results_follow_from_the_predictions(out, data):
     """Plain loops over predictions.parquet, sharing no code with the package."""
     results = results_of(out)
@@ -123,6 +168,7 @@ def test_results_follow_from_the_predictions(out, data):
             assert numbers[f"accuracy_{order}"] == pytest.approx(share)
         flips = sum((m["preferred_first"] > 0) != (m["preferred_second"] > 0) for m in rows.values())
         assert numbers["flip_rate"] == pytest.approx(flips / 48)
+    check_the_other_numbers(out, results)
     wins = sum(right["dpo"][line] and not right["sft"][line] for line in right["dpo"])
     losses = sum(right["sft"][line] and not right["dpo"][line] for line in right["dpo"])
     verdict = results["verdict"]

@@ -291,6 +291,13 @@ def test_the_number_of_seeds_and_their_spread():
     assert "every seed as positive: an upper bound" in text
 
 
+def test_popularity_is_named_where_it_explains_the_data():
+    sentence = "popularity explains the data"
+    assert sentence not in said(replace(SUPPORTED, popularity_accuracy=0.52))
+    text = said(replace(SUPPORTED, popularity_accuracy=0.8218))
+    assert sentence in text and "82.18 %" in text
+
+
 def test_unknown_training_rows_are_said():
     text = said(replace(SUPPORTED, sft_training_rows_known=False))
     assert "The test may be contaminated: the SFT adapter's training rows are unknown" in text
