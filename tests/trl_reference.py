@@ -47,7 +47,7 @@ def one_batch(kind, tokenizer, dataset, response, folder):
     def disturb():
         for name, weight in policy.named_parameters():
             if "lora_B.default" in name:
-                weight.data += 0.01 * torch.randn(weight.shape, generator=generator)
+                weight.data += 0.03 * torch.randn(weight.shape, generator=generator)
 
     disturb()  # the reference is an adapter that does something
     extra = {"data_collator": SharedPrefixCollator(pad_token_id=tokenizer.pad_token_id)} if kind is Ours else {}
