@@ -30,6 +30,11 @@ class Check:
     todo: str = ""
 
 
+def judged(fine: bool, name: str, found: str, todo: str, otherwise: str = "fail") -> Check:
+    """A tick, or what to do about it."""
+    return Check("ok", name, found) if fine else Check(otherwise, name, found, todo)
+
+
 def main(config: Config) -> None:
     failed = 0
     found: dict[str, Any] = {}  # what earlier checks hand to later ones: the data, the base
@@ -57,8 +62,7 @@ def run(check: Callable[..., Iterator[Check]], config: Config, found: dict[str, 
 
 def python(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
-    fine = sys.version_info >= (3, 11)
-    yield Check("ok" if fine else "fail", "python", version, "" if fine else "install Python 3.11 or later")
+    yield judged(sys.version_info >= (3, 11), "python", version, "install Python 3.11 or later")
 
 
 def packages(config: Config, found: dict[str, Any]) -> Iterator[Check]:
@@ -92,8 +96,7 @@ def device(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        fine = torch.cuda.is_bf16_supported()
-        yield Check("ok" if fine else "fail", "device", name, "" if fine else "bf16 is needed: Ampere or later")
+        yield judged(torch.cuda.is_bf16_supported(), "device", name, "bf16 is needed: Ampere or later")
     elif config.base_model.startswith("/") or Path(config.base_model).is_dir():
         yield Check("ok", "device", f"no GPU; CPU with {torch.get_num_threads()} threads")
     else:
@@ -112,10 +115,9 @@ def memory(config: Config, found: dict[str, Any]) -> Iterator[Check]:
 
     shape, total = found["base"].model.config, torch.cuda.get_device_properties(0).total_memory / 2**30
     one, all_pairs = (training_memory_gib(shape, config.lora_r, 200 * n) for n in (1, config.effective_batch_size))
-    fine = one <= 0.95 * total
     text = f"about {one:.1f} GiB at one pair of 200 tokens at a time, {all_pairs:.1f} at {config.effective_batch_size}"
-    todo = "" if fine else "take a smaller preset: --preset llama3.2-3b or llama3.2-1b"
-    yield Check("ok" if fine else "fail", "memory", f"{text}; the GPU has {total:.1f}", todo)
+    todo = "take a smaller preset: --preset llama3.2-3b or llama3.2-1b"
+    yield judged(one <= 0.95 * total, "memory", f"{text}; the GPU has {total:.1f}", todo)
 
 
 def disk(config: Config, found: dict[str, Any]) -> Iterator[Check]:
@@ -127,9 +129,8 @@ def disk(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     folder = next(p for p in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free / 2**30
     needed = 3 * (1 + 2 * 3) * 4 * lora_weights(found["base"].model.config, config.lora_r) / 2**30
-    fine = free >= needed
-    todo = "" if fine else "free some space, or choose another --output-dir"
-    yield Check("ok" if fine else "fail", "disk", f"{free:.1f} GiB free in {folder} ({needed:.1f} needed)", todo)
+    todo = "free some space, or choose another --output-dir"
+    yield judged(free >= needed, "disk", f"{free:.1f} GiB free in {folder} ({needed:.1f} needed)", todo)
 
 
 def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
@@ -143,20 +144,12 @@ def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
         f"{config.data}: {len(split.train):,} comparisons to train on, {len(split.validation):,} for validation,"
         f" {len(split.test):,} to test on",
     )
-    balanced = 0.4 <= share <= 0.6
-    yield Check(
-        "ok" if balanced else "warn",
+    yield judged(
+        0.4 <= share <= 0.6,
         "labels",
         f"{share:.0%} of the lines say Option A",
-        "" if balanced else "nothing: training shows the preferred film first in half, the test scores both orders",
-    )
-    seen = {c.key for c in split.train}
-    repeated = sum(c.key in seen for c in split.test)
-    yield Check(
-        "warn" if repeated else "ok",
-        "repetitions",
-        f"{repeated} test comparisons stand in training too",
-        "remove the repeated lines, or give their users one name in the field user" if repeated else "",
+        "nothing: training shows the preferred film first in half, the test scores both orders",
+        "warn",
     )
 
 
@@ -168,12 +161,12 @@ def power(config: Config, found: dict[str, Any]) -> Iterator[Check]:
 
     n = len(found["data"].split.test)
     effect = minimum_detectable_effect_pp(n, 0.15)
-    fine = effect <= 3.5
-    yield Check(
-        "ok" if fine else "warn",
+    yield judged(
+        effect <= 3.5,
         "power",
         f"{n:,} test comparisons see a difference of {effect:.1f} points (80 % power, 15 % discordant)",
-        "" if fine else f"2 points need {comparisons_needed(2, 0.15):,}: bring more data, or --test-data FILE",
+        f"2 points need {comparisons_needed(2, 0.15):,}: bring more data, or --test-data FILE",
+        "warn",
     )
 
 
@@ -197,12 +190,11 @@ def four_bit(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     from quantpref.models import four_bit_error
 
     error, bound = four_bit_error()
-    fine = error <= bound
-    yield Check(
-        "ok" if fine else "fail",
+    yield judged(
+        error <= bound,
         "4-bit",
         f"nf4 round trip within {error:.2%} of float64's, of each block's maximum (at most {bound:.0%})",
-        "" if fine else "bitsandbytes is broken on this device; reinstall the pinned version",
+        "bitsandbytes is broken on this device; reinstall the pinned version",
     )
 
 
@@ -218,13 +210,12 @@ def dpo_steps(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     train = found["data"].split.train
     with tempfile.TemporaryDirectory() as folder:
         trial = trial_steps(found["base"], train, config, Path(folder) / "llama3_trial_4bit_final")
-    fine = trial["moved"] > 0
-    yield Check(
-        "ok" if fine else "fail",
+    yield judged(
+        trial["moved"] > 0,
         "DPO step",
         f"loss {trial['first_loss']:.4f} (ln 2 = {math.log(2):.4f}), {trial['moved']} of {trial['weights']} adapter"
         f" matrices moved, {trial['trainable_weights']:,} weights, peak {trial['peak_memory_gib']:.1f} GiB",
-        "" if fine else "the optimiser does not reach the adapter",
+        "the optimiser does not reach the adapter",
     )
     steps = math.ceil(len(train) / config.effective_batch_size)
     passes = config.num_train_epochs * (2 if config.sft_more else 1) + config.sft_epochs

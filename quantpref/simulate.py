@@ -82,8 +82,8 @@ def watch(
     rng = np.random.default_rng(seed)
     features, years = film_features(catalogue)
     ranks = np.random.default_rng(0).permutation(len(catalogue)) + 1
-    # Zipf-Mandelbrot: skewed, but flat at the head (MovieLens-1M's first film has 1.3 times the tenth's
-    # ratings), or else no two of the best-known films would be alike in popularity.
+    # Zipf-Mandelbrot: skewed, but flat at the head, or else no two of the best-known films would be alike in
+    # popularity.
     fame = -np.log(ranks + 30.0)
     genre_taste = rng.standard_normal((users, features.shape[1])) @ features.T
     favourite_year = rng.normal(0.0, 0.8, (users, 1))
