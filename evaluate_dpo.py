@@ -8,7 +8,6 @@ python evaluate_dpo.py --preset tiny --runs outputs/seed-1 outputs/seed-2 --outp
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -189,25 +188,19 @@ def score_arms(
     """For each part the scores by arm: one loaded base, adapters switched on and off."""
     from rich.progress import track
 
+    from quantpref.packed_llama import PackedLlama
     from quantpref.scoring import score, scoring_rows
 
+    llama = PackedLlama(model)
     rows = [scoring_rows(tokenizer, cs, config.max_length, config.response) for cs in parts.values()]
     for part, found in zip(parts, rows, strict=True):
         if found.shortened:
             print(f"{found.shortened} prompts of the {part} were shortened to --max-length {config.max_length}")
     scores: list[dict[str, Any]] = [{} for _ in parts]
     for arm, i in track([(arm, i) for arm in ("base", *adapters) for i in range(len(rows))], description="scoring"):
-        with switched_to(model, arm):
-            scores[i][arm] = score(model, tokenizer.pad_token_id, rows[i])
+        llama.adapters.use(None if arm == "base" else arm)
+        scores[i][arm] = score(llama, rows[i])
     return scores
-
-
-def switched_to(model: Any, arm: str) -> Any:
-    """A context in which the model is that arm."""
-    if arm == "base":
-        return model.disable_adapter()
-    model.set_adapter(arm)
-    return nullcontext()
 
 
 def refuse_twins(scores: Mapping[str, Any]) -> None:
@@ -227,8 +220,8 @@ def check_reasoning(
 
     found, comparisons = {}, test[:CHECKED]
     for arm in scores.keys() - {"base"}:
-        with switched_to(model, arm):
-            texts = generate(model, tokenizer, comparisons, config.response)
+        model.set_adapter(arm)
+        texts = generate(model, tokenizer, comparisons, config.response)
         found[arm] = reasoning_check(texts, comparisons, scores[arm], config.response)
     return dict(sorted(found.items()))
 

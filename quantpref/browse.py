@@ -267,6 +267,7 @@ def load_arms(run: Run) -> "tuple[Any, PreTrainedTokenizerBase] | None":
 
     backend = choose_backend(run.config.backend)
     from quantpref import models
+    from quantpref.packed_llama import PackedLlama
 
     models.quiet()
     base = models.load_base(run.config.base_model, run.config.base_revision, backend, run.config.max_length)
@@ -276,7 +277,7 @@ def load_arms(run: Run) -> "tuple[Any, PreTrainedTokenizerBase] | None":
         adapters[arm] = models.read_adapter(folder)
         if adapters[arm].sha256 != evaluated.get(arm):
             raise UserError(f"{folder}: is not the adapter that was evaluated; run evaluate_dpo.py again")
-    return models.attach(base, adapters), base.tokenizer
+    return PackedLlama(models.attach(base, adapters)), base.tokenizer
 
 
 @one_line()
@@ -287,14 +288,12 @@ def own_answer(run: Run, arms: "tuple[Any, PreTrainedTokenizerBase] | None", com
             "<p>Neither a local base nor a GPU, or not this run's adapters, are here, so nothing was loaded. All that"
             " stands above needs no model.</p>"
         )
-    model, found = arms
+    llama, found = arms
     rows = scoring_rows(found, [comparison], run.config.max_length, run.config.response)
     margins = {}
     for arm in ("base", "sft", "dpo"):
-        with model.disable_adapter() if arm == "base" else contextlib.nullcontext():
-            if arm != "base":
-                model.set_adapter(arm)
-            margins[arm] = score(model, found.pad_token_id, rows).order_margins[0]
+        llama.adapters.use(None if arm == "base" else arm)
+        margins[arm] = score(llama, rows).order_margins[0]
     unknown = html.escape(", ".join(unknown_films(run, comparison)))
     note = f"<p>In no training row, so expect little of them: {unknown}.</p>" if unknown else ""
     return HTML(card(comparison, margins, colours(run.results), known=False) + note)

@@ -1,19 +1,24 @@
 """Scores: the answer slot's log-probabilities of A and B, in both orders, one forward a prompt and order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpref import processes
 from quantpref.comparisons import Comparison, with_preferred_first
+from quantpref.prefix_tree import common_prefix_length, pack
 from quantpref.prompts import AnswerSlot, ResponseForm, fit, tokenise
 from quantpref.runs import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from quantpref.packed_llama import PackedLlama
+
+GPU_COLUMNS, CPU_COLUMNS = 8192, 1024  # of a batch: enough to keep the device busy, little enough to fit anywhere
 ORDERS = ("preferred_first", "preferred_second")
 
 
@@ -59,51 +64,60 @@ def scoring_rows(
 
 
 def score(
-    model: Any, pad_token_id: int, rows: ScoringRows, tokens_per_batch: int = 16_384, progress: Any = None
+    llama: "PackedLlama", rows: ScoringRows, columns_per_batch: int | None = None, progress: Any = None
 ) -> Scores:
-    """Score `rows` with the model's active adapter. Results do not depend on how rows fall into batches.
+    """Score `rows` with the adapter that `llama` has in use. Results do not depend on how rows fall into batches.
+
+    In sorted order, prompts that begin alike stand together: both orders of one comparison share its history, and
+    all of them the instruction. Of several processes each scores every n-th batch, and all return all scores.
 
     Raises:
         RunError: a log-probability that is not finite.
     """
-    import torch
-
-    model.eval()
-    answers = torch.tensor([rows.slot.token_a, rows.slot.token_b])
-    order = sorted(range(len(rows.ids)), key=lambda i: len(rows.ids[i]))
-    found = np.empty((len(rows.ids), 2))
-    start = 0
-    while start < len(order):
-        # The longest of the next rows is the last one, as they are sorted.
-        end = start + 1
-        while end < len(order) and len(rows.ids[order[end]]) * (end + 1 - start) <= tokens_per_batch:
-            end += 1
-        batch = order[start:end]
-        found[batch] = _answer_log_probs(model, [rows.ids[i] for i in batch], pad_token_id, answers)
+    limit = columns_per_batch or (GPU_COLUMNS if llama.on_gpu else CPU_COLUMNS)
+    batches = list(_batches(rows.ids, limit))
+    mine = batches[processes.rank() :: processes.count()]
+    found = []
+    for batch in mine:
+        found.append(_answer_log_probs(llama, [rows.ids[i] for i in batch], rows.slot, limit))
         if progress is not None:
             progress(len(batch))
-        start = end
-    if not np.isfinite(found).all():
+    table = np.empty((len(rows.ids), 2))
+    for their_batches, their_scores in processes.gather((mine, found)):
+        for batch, scores in zip(their_batches, their_scores, strict=True):
+            table[batch] = scores
+    if not np.isfinite(table).all():
         raise RunError("the model gave a log-probability that is not finite; the base or the adapter is broken")
-    a, b = found.reshape(2, -1, 2).transpose(2, 1, 0)
+    a, b = table.reshape(2, -1, 2).transpose(2, 1, 0)
     return Scores(np.ascontiguousarray(a), np.ascontiguousarray(b))
 
 
-def _answer_log_probs(model: Any, ids: list[list[int]], pad: int, answers: Any) -> NDArray[np.float64]:
-    """(rows, 2): log p of the two answers after each row; left padding puts every slot in the last column."""
+def _batches(ids: list[list[int]], limit: int) -> Iterator[list[int]]:
+    """Row numbers in sorted order, cut where a batch's prefix tree would exceed `limit` columns."""
+    batch: list[int] = []
+    columns, before = 0, []
+    for i in sorted(range(len(ids)), key=ids.__getitem__):
+        new = len(ids[i]) - (common_prefix_length(before, ids[i]) if batch else 0)
+        if batch and columns + new > limit:
+            yield batch
+            batch, columns, new = [], 0, len(ids[i])
+        batch.append(i)
+        columns, before = columns + new, ids[i]
+    if batch:
+        yield batch
+
+
+def _answer_log_probs(llama: "PackedLlama", ids: list[list[int]], slot: AnswerSlot, limit: int) -> NDArray[np.float64]:
+    """(rows, 2): log p of the two answers after each row."""
     import torch
 
-    longest = max(map(len, ids))
-    padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    device = model.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = model(
-            input_ids=padded.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        ).logits
-        return torch.log_softmax(logits[:, -1].float(), -1)[:, answers.to(device)].double().cpu().numpy()
+    from quantpref.packed_llama import TreeBatch
+
+    # On a GPU every batch is padded to one length, for which its attention is compiled once.
+    tree = pack(ids, multiple=limit if llama.on_gpu else 1)
+    last = torch.tensor([path[-1] for path in tree.paths])
+    answers = torch.tensor([slot.token_a, slot.token_b]).repeat(len(ids))
+    batch = TreeBatch(
+        *(torch.tensor(values) for values in (tree.ids, tree.positions, tree.end)), last.repeat_interleave(2), answers
+    )
+    return llama.statistics(batch.to(llama.device)).log_probs.double().cpu().numpy().reshape(-1, 2)

@@ -26,7 +26,7 @@ from quantpref.runs import MANIFEST, RunError, atomic_folder, environment, sha25
 from quantpref.shared_prefix import (
     CompletionCollator,
     CompletionSFTTrainer,
-    SharedPrefixCollator,
+    PairCollator,
     SharedPrefixDPOTrainer,
 )
 
@@ -163,7 +163,7 @@ def _dpo_trainer(
             model=model,
             args=DPOConfig(**arguments, beta=config.beta, loss_type=["sigmoid"], disable_dropout=True),
             train_dataset=dataset,
-            data_collator=SharedPrefixCollator(pad_token_id=base.tokenizer.pad_token_id),
+            data_collator=PairCollator(pad_token_id=base.tokenizer.pad_token_id),
             processing_class=base.tokenizer,
         )
 

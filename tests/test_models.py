@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from config import PRESETS
 from quantpref.comparisons import load, split_by_user
 from quantpref.models import attach, four_bit_error, load_base, lora_weights, new_adapter, read_adapter
+from quantpref.packed_llama import PackedLlama
 from quantpref.prompts import tokenise
 from quantpref.runs import RunError, UserError
 from quantpref.scoring import ScoringRows, score, scoring_rows
@@ -109,25 +110,27 @@ def test_lora_weights_of_llama3_8b():
 def test_a_saved_adapter_scores_as_the_one_in_memory(base, rows, adapter_folder):
     adapter = read_adapter(adapter_folder)
     model = attach(base, {"one": adapter, "two": adapter})
-    one = score(model, base.tokenizer.pad_token_id, rows)
-    model.set_adapter("two")
-    two = score(model, base.tokenizer.pad_token_id, rows)
-    with model.disable_adapter():
-        bare = score(model, base.tokenizer.pad_token_id, rows)
+    llama = PackedLlama(model)
+
+    def scores_of(name):
+        llama.adapters.use(name)
+        return score(llama, rows)
+
+    one, two, bare = map(scores_of, ("one", "two", None))
     model.unload()
-    untouched = score(base.model, base.tokenizer.pad_token_id, rows)
+    untouched = score(PackedLlama(base.model), rows)
     assert (one.logp_a == two.logp_a).all() and (one.logp_b == two.logp_b).all()
     assert (bare.logp_a == untouched.logp_a).all()
     assert abs(one.margins - bare.margins).max() > 1e-3
 
 
 def test_scores_do_not_depend_on_batches_or_order(base, rows):
-    pad = base.tokenizer.pad_token_id
-    together = score(base.model, pad, rows)
-    one_by_one = score(base.model, pad, rows, tokens_per_batch=1)
+    llama = PackedLlama(base.model)
+    together = score(llama, rows)
+    one_by_one = score(llama, rows, columns_per_batch=1)
     n = len(rows.ids)
     turned = ScoringRows(rows.ids[::-1], rows.slot, 0)
-    backwards = score(base.model, pad, turned)
+    backwards = score(llama, turned)
     assert abs(together.margins - one_by_one.margins).max() < 1e-4
     # Row i of the reversed rows is row n-1-i: both the comparisons and the orders are turned round.
     assert abs(together.logp_a.T.ravel() - backwards.logp_a.T.ravel()[::-1]).max() < 1e-4
@@ -135,7 +138,7 @@ def test_scores_do_not_depend_on_batches_or_order(base, rows):
 
 
 def test_scores_equal_a_single_full_forward(base, rows):
-    found = score(base.model, base.tokenizer.pad_token_id, rows)
+    found = score(PackedLlama(base.model), rows)
     with torch.no_grad():
         logs = base.model(torch.tensor([rows.ids[3]])).logits[0, -1].double().log_softmax(-1)
     assert found.logp_a[3, 0] == pytest.approx(logs[rows.slot.token_a].item(), abs=1e-4)
@@ -190,7 +193,7 @@ def test_a_broken_model_is_noticed(base, rows):
     broken = load_base(TINY.base_model, None, "transformers")
     broken.model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(RunError, match="not finite"):
-        score(broken.model, broken.tokenizer.pad_token_id, rows)
+        score(PackedLlama(broken.model), rows)
 
 
 def test_training_half_shows_the_preferred_film_first(base):
