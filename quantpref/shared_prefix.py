@@ -8,6 +8,7 @@ once: a pair's prompt, the common start of its two responses, the instruction in
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from quantpref import processes
 from quantpref.kernels import TRITON
 from quantpref.packed_llama import Learner, PackedLlama, TokenStatistics, TreeBatch
 from quantpref.prefix_tree import pack
+from quantpref.reference import read_reference, unknown, write_reference
 from quantpref.runs import RunError
 
 TREE = "tree_"  # what a batch's fields of the packed row begin with
@@ -137,12 +140,14 @@ class SharedPrefixDPOTrainer(PackedTraining, DPOTrainer):
     they agree to the last bit and the loss is ln 2.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, reference_file: Path | None = None, **settings: Any) -> None:
         pairs = settings["train_dataset"]
         rows = pairs.add_column("row", list(range(len(pairs))))
         super().__init__(**{**settings, "train_dataset": rows})
         self.precompute_ref_logps = True  # TRL's loss then reads them from the batch
-        self.reference = torch.full((len(rows), 2), torch.nan)
+        self.reference_file = reference_file
+        kept = read_reference(reference_file, len(rows)) if reference_file else None
+        self.reference = unknown(len(rows)) if kept is None else kept
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # prompts.tokenise has made and checked the ids
@@ -169,6 +174,8 @@ class SharedPrefixDPOTrainer(PackedTraining, DPOTrainer):
             found = answer.log_probs.sum(1).view(2, -1).T.contiguous()
             everywhere, found = self.accelerator.gather((rows.to(device), found))
             self.reference[everywhere.cpu()] = found.cpu()
+            if self.reference_file and processes.rank() == 0 and not self.reference.isnan().any():
+                write_reference(self.reference_file, self.reference)
         return self.reference[rows].to(device)
 
     def _check_first_loss(self, loss: float) -> None:

@@ -90,7 +90,7 @@ def train_sft(
         dataset_kwargs={"skip_prepare_dataset": True},
         loss_type="nll",
     )
-    with _Float32Adapter(model):
+    with Float32Adapter(model):
         trainer = CompletionSFTTrainer(
             model=model,
             args=arguments,
@@ -158,7 +158,7 @@ def trial_steps(
 def _dpo_trainer(
     base: Base, model: PeftModel, dataset: Any, config: Config, arguments: dict[str, Any]
 ) -> SharedPrefixDPOTrainer:
-    with _Float32Adapter(model):
+    with Float32Adapter(model):
         return SharedPrefixDPOTrainer(
             model=model,
             args=DPOConfig(**arguments, beta=config.beta, loss_type=["sigmoid"], disable_dropout=True),
@@ -215,7 +215,7 @@ def checkpoints_of(folder: Path) -> Path:
     return folder.with_name(folder.name.removeprefix("llama3_").removesuffix("_4bit_final") + "_checkpoints")
 
 
-class _Float32Adapter:
+class Float32Adapter:
     """Keep the adapter in float32 while TRL builds its trainer.
 
     TRL casts adapters on a quantised base to bf16, in which a step of 5e-5 is lost on a weight of 0.016.
