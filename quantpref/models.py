@@ -32,7 +32,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True)
 class Base:
-    """One 4-bit base with its tokenizer; `fingerprint` is the same exactly where the weights are."""
+    """One 4-bit base with its tokenizer; `fingerprint` is the same exactly where the weights are.
+
+    `revision`: the hub's commit that was loaded; None for a folder.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -115,7 +118,8 @@ def load_base(name: str, revision: str | None, backend: Backend, max_length: int
     _check_four_bit(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(model, tokenizer, backend, _fingerprint(model, tokenizer), name, revision)
+    commit = getattr(model.config, "_commit_hash", None)  # of a hub base: what the revision, if any, led to
+    return Base(model, tokenizer, backend, base_fingerprint(model, tokenizer), name, commit)
 
 
 def _stored_quantisation(name: str, revision: str | None) -> dict[str, Any] | None:
@@ -212,7 +216,7 @@ def _check_four_bit(model: PreTrainedModel) -> None:
             raise RunError("a projection is in 4-bit but not nf4 with double quantisation")
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def base_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over every weight, quantisation constant included, and over the tokenizer."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
