@@ -140,9 +140,10 @@ def check_adapter(folder: Path, base: dict[str, Any], data: Data) -> dict[str, A
             f"{folder}: trained on another split ({manifest.get('data', {}).get('file')}), so its training rows may"
             " be tested on; use the same --data, fractions and --split-seed, or train again"
         )
-    if made_on.get("revision") != base["revision"]:
+    revisions = {made_on.get("revision"), base["revision"]} - {None}  # a folder has none: its fingerprint must do
+    if len(revisions) > 1:
         raise UserError(
-            f"{folder}: trained on revision {made_on.get('revision')} of {base['model']}, not on {base['revision']};"
-            f" give --base-revision {made_on.get('revision')}"
+            f"{folder}: trained on revision {made_on['revision']} of {base['model']}, not on {base['revision']}; give"
+            f" --base-revision {made_on['revision']}"
         )
     return manifest

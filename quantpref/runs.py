@@ -197,9 +197,10 @@ def read_json(path: Path) -> Any:
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write `values` with the SHA-256 of every file in `folder`, and of itself: the last file that a folder gets."""
-    files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    values = {**values, "files": files}
-    write_json(folder / MANIFEST, {**values, "seal": _seal(values)})
+    own = folder / MANIFEST
+    files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p != own}
+    values = {name: value for name, value in values.items() if name != "seal"} | {"files": files}
+    write_json(own, {**values, "seal": _seal(values)})
 
 
 def _seal(values: dict[str, Any]) -> str:
