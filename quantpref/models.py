@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -246,6 +247,28 @@ def four_bit_error() -> tuple[float, float]:
     return float(((found - nearest * scale) / scale).abs().max()), 0.02
 
 
+def four_bit_product_error() -> tuple[float, float]:
+    """Worst error of the 4-bit matrix product that training runs, and what the compute dtype allows.
+
+    Against the de-quantised weights' product in float64, in units of its largest value; 8 rows as in a batch, where
+    bitsandbytes de-quantises and multiplies, and 1 row, for which it has a kernel of its own.
+    """
+    from bitsandbytes import matmul_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(256, 256, generator=generator).to(device(), compute_dtype())
+    packed, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
+    exact = dequantize_4bit(packed, state).double()
+    worst = 0.0
+    for rows in (8, 1):
+        inputs = torch.randn(rows, 256, generator=generator).to(device(), compute_dtype())
+        expected = inputs.double() @ exact.T
+        found = matmul_4bit(inputs, packed.t(), quant_state=state).double()
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst, 1e-5 if compute_dtype() == torch.float32 else 1e-2
+
+
 def new_adapter(base: Base, r: int, alpha: int, seed: int) -> PeftModel:
     """The base with a fresh LoRA adapter: B is zero, so it changes nothing yet. Seeded."""
     config = LoraConfig(
@@ -365,3 +388,4 @@ def quiet() -> None:
     """Silence the libraries' progress bars and notices; our own lines say what happens."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry without a network is a warning

@@ -15,14 +15,15 @@ from transformers import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
 from config import Config
+from quantpref.checkpoints import trained_weights
 from quantpref.comparisons import Comparison, counterbalance
 from quantpref.experiment import FAILED
 from quantpref.guards import NonFiniteError, check_disk, disk_gib, out_of_memory, peak_memory_gib, smaller_batch
 from quantpref.interrupts import FinishStep
 from quantpref.models import Adapter, Base, attach, device, lora_weights, new_adapter, training_memory_gib
-from quantpref.outcome import Outcome
+from quantpref.outcome import Outcome, digests
 from quantpref.progress import TrainingLog
-from quantpref.prompts import fit, pairs_dataset, tokenise
+from quantpref.prompts import fit, pairs_dataset, prompt, tokenise
 from quantpref.resume import made_with, remove_checkpoints, to_resume
 from quantpref.runs import Stopped, UserError, atomic_folder, environment, sha256, write_json, write_manifest
 from quantpref.shared_prefix import (
@@ -132,33 +133,34 @@ def train_dpo(
 def trial_steps(
     base: Base, train: Sequence[Comparison], config: Config, folder: Path, steps: int = 12
 ) -> dict[str, Any]:
-    """A few real DPO steps from a fresh adapter: first loss, what moved, seconds per step.
+    """A few real DPO steps from a fresh adapter: first loss, what moved, seconds per step, and back from its folder.
 
-    The time is the median of the later half, since the first steps warm up. Leaves the base as it was, and
-    nothing but logs in `folder`.
+    The longest rows are among them, so that the peak of memory is that of training. The time is the median of the
+    later half, since the first steps warm up. Leaves the base as it was.
     """
-    dataset, _ = training_pairs(base, train[: steps * config.effective_batch_size], config)
+    batch = config.effective_batch_size
+    longest = sorted(train, key=lambda c: len(prompt(c)), reverse=True)[:batch]
+    others = [c for c in train if c not in longest][: (steps - 1) * batch]
+    dataset, _ = training_pairs(base, longest + others, config)
+    epochs = math.ceil(steps * batch / len(dataset))
     model = new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    trainer = _dpo_trainer(
-        base, model, dataset, config, {**_arguments(base, dataset, config, 1, 1e-4, folder), "save_strategy": "no"}
-    )
-    log = TrainingLog("trial", folder / LOG)
+    arguments = {**_arguments(base, dataset, config, epochs, 1e-4, folder), "save_strategy": "no"}
+    trainer = _dpo_trainer(base, model, dataset, config, arguments)
+    log, outcome = TrainingLog("trial", folder / LOG), Outcome(model, base)
     _train(trainer, log)
-    moved = sum(
-        not torch.equal(p.detach().to(before[n]), before[n]) for n, p in model.named_parameters() if n in before
-    )
-    result = {
+    peak, weights = peak_memory_gib(), trained_weights(model)
+    moved = sum(digest != outcome.trained[name] for name, digest in digests(weights).items())
+    _save(model, base, folder)
+    return {
         "first_loss": log.losses[0],
-        "weights": len(before),
+        "weights": len(weights),
         "moved": moved,
-        "trainable_weights": sum(p.numel() for p in before.values()),
+        "trainable_weights": sum(weight.numel() for weight in weights.values()),
         "seconds_per_step": statistics.median(b - a for a, b in pairwise(log.times[len(log.times) // 2 :])),
         "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": peak,
+        "reload_nats": outcome.check(model, trainer.state.global_step, folder, train, config),
     }
-    model.unload()
-    return result
 
 
 def _dpo_trainer(
