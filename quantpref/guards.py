@@ -93,9 +93,10 @@ def disk_gib(weights: int, pairs: int, arms: int) -> float:
     """What `arms` trainings of `weights` adapter weights write at most.
 
     Each adapter, and of one the checkpoints while the next is being saved: weights and AdamW's moments in
-    float32 (8-bit moments take less), and two log-probabilities a pair.
+    float32 (8-bit moments take less), and two log-probabilities a pair; 2 MiB for the small files of each.
     """
-    return 4 * (arms * weights + (KEPT + 1) * (3 * weights + 2 * pairs)) / 2**30
+    tensors = 4 * (arms * weights + (KEPT + 1) * (3 * weights + 2 * pairs))
+    return tensors / 2**30 + (arms + KEPT + 1) * 2 / 1024
 
 
 def check_disk(folder: Path, needed_gib: float) -> None:

@@ -32,6 +32,7 @@ from quantpref.shared_prefix import (
     SharedPrefixCollator,
     SharedPrefixDPOTrainer,
 )
+from quantpref.verdict import instability_reasons
 
 LOG = "training_log.jsonl"
 
@@ -285,6 +286,8 @@ def _run(
         )
         outcome.check(trainer.model, trainer.state.global_step, temporary, train, config)
     remove_checkpoints(checkpoints)
+    for reason in instability_reasons(log.losses) if manifest["kind"].startswith("dpo") else ():
+        sys.stdout.write(f"warning: {reason}\n")
 
 
 def _resumed(checkpoints: Path, now: dict[str, Any]) -> Path | None:
