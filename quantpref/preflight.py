@@ -70,7 +70,7 @@ def device(config: Config, found: dict[str, Any]) -> Iterator[Check]:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         todo = "install a torch build with CUDA that this driver supports, or update the driver"
         yield Check("fail", "device", f"a GPU with driver {driver}, which torch (built with {built}) cannot use", todo)
-    elif Path(config.base_model).expanduser().is_dir():
+    elif is_folder(config.base_model):
         yield Check("ok", "device", f"no GPU; CPU with {torch.get_num_threads()} threads")
     else:
         yield Check("fail", "device", "no GPU, and this base is too large for a CPU", "use a GPU, or --preset tiny")
@@ -90,10 +90,15 @@ def driver_version() -> str | None:
     return done.stdout.partition("\n")[0].strip() or None
 
 
+def is_folder(base_model: str) -> bool:
+    """A folder, or meant to be one, as against a hub id."""
+    return base_model.startswith(("/", ".", "~")) or Path(base_model).is_dir()
+
+
 def hub(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     """Of a base that is no folder here: is it in the cache, or can it be fetched, and by which name for good?"""
-    if Path(config.base_model).expanduser().is_dir() or config.base_model.startswith(("/", ".", "~")):
-        found["reachable"] = True  # a folder, or meant to be one: loading it says what is wrong
+    if is_folder(config.base_model):
+        found["reachable"] = True  # loading it says what is wrong, where something is
         return
     from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
