@@ -128,6 +128,9 @@ def _same_meaning(row: dict, c: Comparison) -> None:
     assert c.time == row.get("time") and type(c.time) in (int, type(None))
 
 
+OUR_NAMES = {"user": "userId", "film": "movieId", "time": "timestamp"}  # a header may use these too
+
+
 # --- ratings -----------------------------------------------------------------------------------------
 
 
@@ -160,7 +163,7 @@ def _plain_ratings(path: Path):
     lines = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\r", "").split("\n")
     columns = ["userId", "movieId", "rating", "timestamp"]
     if "::" not in lines[0]:
-        columns = [{"time": "timestamp"}.get(name, name) for name in (n.strip(' "') for n in lines.pop(0).split(","))]
+        columns = [OUR_NAMES.get(name, name) for name in (n.strip(' "') for n in lines.pop(0).split(","))]
         separator = ","
     else:
         separator = "::"
