@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -49,6 +50,9 @@ def _terminated(signum: int, frame: Any) -> NoReturn:
 def one_line_errors() -> Iterator[None]:
     """Turn the errors that a user can cause into one line on stderr and an exit status."""
     before = signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a title that the terminal cannot show must not end a run
     try:
         yield
     except UserError as error:
