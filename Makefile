@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TINY := --preset tiny
 
-.PHONY: demo test lint bench notebook simulate clean
+.PHONY: demo test faults coverage mutation lint bench notebook simulate clean
 
 demo: $(VENV)/ready
 	$(RUN) verify_dpo_setup.py $(TINY)
@@ -15,6 +15,21 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pip install -q -r requirements-test.txt
 	$(RUN) -m pytest -m "not gpu"
+
+# Kills, full disks, mutated files: half an hour to an hour. As root the disks are real ones (tmpfs).
+faults: $(VENV)/ready
+	$(RUN) -m pip install -q -r requirements-test.txt
+	$(RUN) -m pytest -s tests/faults
+
+# Share of the package's lines that the tests run, commands that they start included.
+coverage: $(VENV)/ready
+	$(RUN) -m pip install -q -r requirements-test.txt
+	$(RUN) -m pytest -m "not gpu" --cov=quantpref --cov-report=term
+
+# Do the tests notice a changed statistic, verdict, reader or score? Survivors: mutmut results.
+mutation: $(VENV)/ready
+	$(RUN) -m pip install -q -r requirements-test.txt
+	$(VENV)/bin/mutmut run --max-children 2
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -40,4 +55,4 @@ $(VENV)/ready: requirements-cpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -89,7 +89,9 @@ class Config:
     weight_decay: float = 0.01
     """AdamW's decay of the adapter's weights."""
     save_steps: int = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints; the same command goes on from the newest after any interruption."""
+    fresh: bool = False
+    """Begin anew what is unfinished or failed; its checkpoints are renamed, not lost. Else it goes on from them."""
     seed: int = 3407
     """Seed of the adapter's start, the order of the rows and of the options."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -126,6 +128,10 @@ class Config:
     @property
     def evaluation_folder(self) -> Path:
         return self.output_dir / "evaluation"
+
+    def checkpoints_of(self, adapter: Path) -> Path:
+        """llama3_dpo_4bit_final -> dpo_checkpoints, beside it."""
+        return adapter.with_name(adapter.name.removeprefix("llama3_").removesuffix("_4bit_final") + "_checkpoints")
 
     def as_json(self) -> dict[str, Any]:
         """As manifests and results record it: paths as text."""

@@ -13,8 +13,21 @@ from typing import Any
 
 from config import Config, parse_config
 from quantpref.comparisons import Comparison, fingerprint
-from quantpref.experiment import Data, check_adapter, load_data
-from quantpref.runs import RunError, UserError, atomic_folder, one_line_errors, read_json, set_aside, sha256, write_json
+from quantpref.experiment import FAILED, Data, check_adapter, failure, load_data
+from quantpref.runs import (
+    RunError,
+    UserError,
+    atomic_folder,
+    damage,
+    locked,
+    one_line_errors,
+    read_json,
+    remove_leftovers,
+    set_aside,
+    sha256,
+    write_json,
+    write_manifest,
+)
 
 RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
 
@@ -37,11 +50,11 @@ def main(config: Config) -> None:
         if config.show:
             show_samples(config, data.split.test)
         return
-    if config.runs:
-        results = {**aggregate(config, data), "identity": identity}
-        write(config, results, {})
-    else:
-        results, predictions = evaluate(config, data, folders)
+    with locked(config.output_dir):
+        remove_leftovers(config.output_dir)
+        results, predictions = (aggregate(config, data), {}) if config.runs else evaluate(config, data, folders)
+        if config.evaluation_folder.exists():
+            print(f"an earlier evaluation is now {set_aside(config.evaluation_folder)}")
         write(config, {**results, "identity": identity}, predictions)
     show(config, data.split.test, results)
 
@@ -57,6 +70,11 @@ def adapter_folders(config: Config) -> dict[str, Path]:
             raise UserError(f"--adapter {text}: write NAME=FOLDER, with a name that no other arm has")
         folders[name] = Path(folder)
     for arm, folder in folders.items():
+        if arm != "dpo" and (folder / FAILED).is_file():
+            raise RunError(
+                f"{folder}: {failure(folder)}, so there is no {arm.upper()} arm to compare with; lower its learning"
+                " rate and train it again with --fresh"
+            )
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: the {arm.upper()} adapter is missing; run train_dpo.py with the same flags first"
@@ -79,15 +97,14 @@ def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[s
 
 
 def finished_results(config: Config, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Results of the same evaluation; those of another one are set aside, not overwritten."""
+    """Results of the same evaluation, where they are whole."""
     if not config.evaluation_folder.exists():
         return None
-    path = config.evaluation_folder / RESULTS
-    results = read_json(path) if path.is_file() else {}
-    if results.get("identity") == identity:
-        return results
-    print(f"an evaluation of other adapters or another test is now {set_aside(config.evaluation_folder)}")
-    return None
+    if fault := damage(config.evaluation_folder):
+        print(f"{fault}; evaluating again")
+        return None
+    results: dict[str, Any] = read_json(config.evaluation_folder / RESULTS)
+    return results if results.get("identity") == identity else None
 
 
 def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,7 +122,7 @@ def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict
     base = models.load_base(config.base_model, config.base_revision, backend, config.max_length)
     manifests = {arm: check_adapter(folder, base.manifest(), data) for arm, folder in folders.items()}
     check_lineage(folders, manifests)
-    failed = folders["dpo"] / "failed.json"
+    failed = folders["dpo"] / FAILED
     if failed.is_file():
         folders = {arm: folder for arm, folder in folders.items() if arm != "dpo"}
     adapters = {arm: models.read_adapter(folder) for arm, folder in folders.items()}
@@ -169,7 +186,7 @@ def check_lineage(folders: dict[str, Path], manifests: dict[str, Any]) -> None:
     for arm in manifests.keys() & {"dpo", "sft-more", "dpo-from-base"}:
         manifest = manifests[arm]
         if manifest is None:
-            if (folders[arm] / "failed.json").is_file():
+            if (folders[arm] / FAILED).is_file():
                 continue
             raise UserError(
                 f"{folders[arm]}: has no manifest.json, so nobody knows what it is; train it with train_dpo.py"
@@ -188,6 +205,7 @@ def score_arms(
     """For each part the scores by arm: one loaded base, adapters switched on and off."""
     from rich.progress import track
 
+    from quantpref.guards import out_of_memory
     from quantpref.packed_llama import PackedLlama
     from quantpref.scoring import score, scoring_rows
 
@@ -199,7 +217,8 @@ def score_arms(
     scores: list[dict[str, Any]] = [{} for _ in parts]
     for arm, i in track([(arm, i) for arm in ("base", *adapters) for i in range(len(rows))], description="scoring"):
         llama.adapters.use(None if arm == "base" else arm)
-        scores[i][arm] = score(llama, rows[i])
+        with out_of_memory(f"scoring {arm}", "take a smaller base with --base-model"):
+            scores[i][arm] = score(llama, rows[i])
     return scores
 
 
@@ -258,6 +277,7 @@ def write(config: Config, results: dict[str, Any], predictions: Mapping[str, Any
         write_text(folder / "report.md", report.markdown(results))
         write_text(folder / "report.html", report.html(results, {k: figures.svg(v) for k, v in drawn.items()}))
         write_json(folder / RESULTS, results)
+        write_manifest(folder, {"identity": results["identity"]})
 
 
 def show(config: Config, test: list[Comparison], results: dict[str, Any]) -> None:

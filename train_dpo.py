@@ -10,21 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, parse_config
-from quantpref.experiment import Data, check_adapter, difference, load_data, read_manifest
-from quantpref.runs import UserError, one_line_errors, set_aside
+from quantpref.experiment import (
+    FAILED,
+    Data,
+    check_adapter,
+    difference,
+    failure,
+    load_data,
+    read_manifest,
+    version_changes,
+)
+from quantpref.resume import made_with, newest
+from quantpref.runs import RunError, UserError, damage, locked, one_line_errors, remove_leftovers, set_aside
 
 
 def main(config: Config) -> None:
     data = load_data(config)
-    if config.retrain_sft:
-        for folder in (config.output_dir / "llama3_sft_4bit_final", config.sft_more_folder, config.dpo_folder):
-            if folder.exists():
-                print(f"{folder} is now {set_aside(folder)}")
-    if finished(config, data):
+    if not (config.retrain_sft or config.fresh) and finished(config, data):
         print(f"{config.output_dir}: finished with these settings; next: evaluate_dpo.py with the same flags")
         return
-    print_plan(config, data)
+    with locked(config.output_dir):
+        clear_the_way(config)
+        finished(config, data)
+        check_unfinished(config, data)
+        train(config, data)
 
+
+def train(config: Config, data: Data) -> None:
+    print_plan(config, data)
     from quantpref.backends import choose_backend
 
     backend = choose_backend(config.backend)
@@ -33,6 +46,8 @@ def main(config: Config) -> None:
     models.quiet()
     base = models.load_base(config.base_model, config.base_revision, backend, config.max_length)
     print(f"base {base.name}: 4-bit nf4, {base.backend}, fingerprint {base.fingerprint[:12]}")
+    missing = [folder for folder in arms(config) if not folder.exists()]
+    training.check_space(base, len(data.split.train), len(missing), config)
     manifest = {"base": base.manifest(), "data": data.manifest}
 
     if not config.sft_folder.exists():
@@ -50,6 +65,36 @@ def main(config: Config) -> None:
     print("next: evaluate_dpo.py with the same flags")
 
 
+def clear_the_way(config: Config) -> None:
+    """What killed runs left half-written goes; what --fresh and --retrain-sft replace is renamed, never lost."""
+    derived = [config.output_dir / "llama3_sft_4bit_final", config.sft_more_folder, config.dpo_folder]
+    replaced = derived if config.retrain_sft else []
+    if config.fresh:
+        unfinished = [folder for folder in arms(config) if not folder.exists() or (folder / FAILED).is_file()]
+        replaced = [*replaced, *(folder for folder in unfinished if folder not in replaced)]
+    for folder in replaced:
+        for path in (folder, config.checkpoints_of(folder)):
+            if path.exists():
+                print(f"{path} is now {set_aside(path)}")
+    remove_leftovers(config.output_dir)
+    for folder in arms(config):
+        remove_leftovers(config.checkpoints_of(folder))
+
+
+def check_unfinished(config: Config, data: Data) -> None:
+    """Refuse to train on from checkpoints that other settings, data or library versions have made."""
+    for folder in arms(config):
+        checkpoints = config.checkpoints_of(folder)
+        if folder.exists() or not checkpoints.is_dir():
+            continue
+        path, _ = newest(checkpoints)
+        if path and (changes := difference(config, made_with(path), data) + version_changes(made_with(path))):
+            raise UserError(
+                f"{path} is of an unfinished run with other settings ({'; '.join(changes)}); take those again, give"
+                " --fresh to begin anew beside it, or choose another --output-dir"
+            )
+
+
 def arms(config: Config) -> list[Path]:
     """The folders that this run is to leave behind."""
     folders = [] if config.sft_adapter else [config.sft_folder]
@@ -64,14 +109,17 @@ def finished(config: Config, data: Data) -> bool:
         raise UserError(f"--sft-adapter {config.sft_adapter}: no such folder; leave it out to train one")
     there = [folder for folder in arms(config) if folder.exists()]
     for folder in there:
+        if (folder / FAILED).is_file():
+            raise RunError(f"{folder}: {failure(folder)}; evaluate it, or give --fresh to begin anew beside it")
         manifest = read_manifest(folder)
         if manifest is None:
-            how = "ended on a number that is not finite" if (folder / "failed.json").is_file() else "left no adapter"
-            raise UserError(f"{folder}: a run {how} there; evaluate it, or choose another --output-dir")
+            raise UserError(f"{folder}: holds no manifest of a run; move it away, or choose another --output-dir")
         if changes := difference(config, manifest, data):
             raise UserError(
                 f"{folder} is finished with other settings ({'; '.join(changes)}); choose another --output-dir"
             )
+        if fault := damage(folder):
+            raise UserError(f"{fault}; restore it, or move {folder} away to train it again")
     return len(there) == len(arms(config))
 
 

@@ -10,7 +10,7 @@ from quantpref.analysis import mean_over_runs, verdict
 from quantpref.comparisons import fingerprint
 from quantpref.experiment import Data
 from quantpref.metrics import read_predictions
-from quantpref.runs import UserError, environment, read_json
+from quantpref.runs import UserError, damage, environment, read_json
 from quantpref.statistics import correctness
 
 
@@ -60,6 +60,8 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / "evaluation" / "results.json"
     if not path.is_file():
         raise UserError(f"{path}: not found; run evaluate_dpo.py with --output-dir {folder} first")
+    if fault := damage(path.parent):
+        raise UserError(f"{fault}; evaluate that run again")
     results = read_json(path)
     check(results)
     if "dpo" not in results["arms"]:

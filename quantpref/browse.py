@@ -22,7 +22,7 @@ from quantpref.experiment import Data, check_adapter, load_data
 from quantpref.figures import INK, PNG_DPI, STYLE, colours
 from quantpref.metrics import flipped, read_predictions
 from quantpref.report import check
-from quantpref.runs import RunError, UserError, read_json, sha256
+from quantpref.runs import RunError, UserError, damage, read_json, sha256
 from quantpref.scoring import Scores, score, scoring_rows
 from quantpref.sections import arm_order, name_of
 
@@ -79,6 +79,8 @@ def open_run(folder: Path) -> Run:
             f"No finished run in {folder}: run `python train_dpo.py --preset tiny --output-dir {folder}`, then"
             " `python evaluate_dpo.py` with the same flags; or set QUANTPREF_RUN to the folder of another run."
         )
+    if fault := damage(evaluation):
+        raise UserError(f"{fault}; restore it, or run evaluate_dpo.py again")
     results = read_json(evaluation / "results.json")
     check(results)
     predictions = evaluation / "predictions.parquet"

@@ -20,12 +20,12 @@ NO_GENRES = "no genres listed"  # MovieLens' own words for a film without genres
 
 INSTRUCTION = "Given the user's viewing history, decide which of the two movies the user would prefer."
 
-_FILM = re.compile(r"(?P<title>\S.*?) \((?P<year>\d{4})\)")
+_FILM = re.compile(r"(?P<title>\S.*?) \((?P<year>[1-9][0-9]{3})\)")
 _HISTORY_BOUNDARY = re.compile(r"(?<=\(\d{4}\)), ")
 # Where the history may end: a full stop, a line break, or both stand before "Option A: ".
 _OPTION_A = re.compile(r"\s*(?:\.\s+|\.?\s*\n\s*)Option A: ")
 _OPTION_B = re.compile(r"(?<=\s)Option B: ")
-_OPTION = re.compile(r"(?P<title>\S.*) \((?P<year>\d{4})\) \((?P<genres>[^()]+)\)\.?\s*")
+_OPTION = re.compile(r"(?P<title>\S.*) \((?P<year>[1-9][0-9]{3})\) \((?P<genres>[^()]+)\)\.?\s*")
 _LABEL = re.compile(r"Option ([AB])\b")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")

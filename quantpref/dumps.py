@@ -58,7 +58,7 @@ def find_layout(path: Path, first_line: str, columns: dict[str, str]) -> Layout:
     names = tuple(columns.values())
     if "::" in first_line:
         return Layout("::", names)
-    header = tuple(columns.get(name.strip(' "\r\n'), name) for name in first_line.split(","))
+    header = tuple(columns.get(name, name) for name in (cell.strip(' "\r\n') for cell in first_line.split(",")))
     if all(header.count(name) == 1 for name in names):
         return Layout(",", header)
     found = f"found {first_line.strip()[:60]!r}" if first_line.strip() else "found nothing"
@@ -87,7 +87,7 @@ def read_ratings(path: Path, known_films: Collection[int], *, any_scale: bool) -
     scale = rating_scale(table["rating"])
     limit = float("inf") if any_scale or table.is_empty() else scale
     sound = pl.all_horizontal(
-        pl.col("user").is_not_null(),
+        pl.col("user") >= 0,
         pl.col("film").is_in(pl.Series(list(known_films), dtype=pl.Int64).implode()),
         pl.col("rating").is_finite() & pl.col("rating").is_between(0, limit),
         pl.col("time") >= 0,

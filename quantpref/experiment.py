@@ -6,12 +6,15 @@ from typing import Any
 
 from config import Config
 from quantpref.comparisons import Comparison, Split, load, split_by_user
-from quantpref.runs import MANIFEST, UserError, read_json, sha256
+from quantpref.runs import MANIFEST, UserError, damage, read_json, sha256, versions
 
-# Settings that decide nothing about the weights, and those that only DPO and sft-more read.
+FAILED = "failed.json"  # in an adapter's folder, in place of the adapter: training met a number that is not finite
+
+# Settings that decide nothing about the weights (the micro-batch: but for rounding), and those that only DPO and
+# sft-more read.
 NOT_TRAINED_ON = {
     "show", "report_to", "output_dir", "test_data", "sft_more", "dpo_from_base", "retrain_sft", "save_steps", "adapter",
-    "precision", "base_model_16bit", "runs",
+    "precision", "base_model_16bit", "runs", "fresh", "per_device_train_batch_size",
 }  # fmt: skip
 DPO_ONLY = {"beta", "learning_rate", "num_train_epochs", "sft_adapter"}
 NO_BETA = {"beta"}  # sft-more shares DPO's schedule, not its loss
@@ -71,6 +74,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
+def failure(folder: Path) -> str:
+    """What `failed.json` says, as text."""
+    found = read_json(folder / FAILED)
+    numbers = ", ".join(f"{name} {value}" for name, value in found["numbers"].items())
+    return f"training ended at step {found['step']} on a number that is not finite ({numbers})"
+
+
 def difference(config: Config, manifest: dict[str, Any], data: Data) -> list[str]:
     """In what the settings and data that made an adapter differ from now, one text a difference."""
     ignored = set(NOT_TRAINED_ON)
@@ -81,6 +91,8 @@ def difference(config: Config, manifest: dict[str, Any], data: Data) -> list[str
         # The SFT adapter that DPO started from is recorded by its hash.
         ignored |= {"sft_adapter", "sft_learning_rate", "sft_epochs", "lora_r", "lora_alpha"}
     then, now = manifest.get("config", {}), config.as_json()
+    if now["base_revision"] in (then.get("base_revision"), manifest.get("base", {}).get("revision")):
+        ignored.add("base_revision")  # the commit by name that None led to is no difference
     texts = [
         f"--{name.replace('_', '-')} was {then.get(name)!r}, is {now[name]!r}"
         for name in now
@@ -95,14 +107,26 @@ def difference(config: Config, manifest: dict[str, Any], data: Data) -> list[str
     return texts
 
 
+def version_changes(manifest: dict[str, Any]) -> list[str]:
+    """Of a checkpoint's manifest: other versions of what computes would not train on to the same weights."""
+    then, now = manifest.get("environment", {}).get("versions", {}), versions()
+    return [
+        f"{name} was {then.get(name, 'missing')}, is {now.get(name, 'missing')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
 def check_adapter(folder: Path, base: dict[str, Any], data: Data) -> dict[str, Any] | None:
-    """Refuse an adapter whose weights, base, quantisation or split are not what its manifest and now say.
+    """Refuse an adapter whose files, base, quantisation or split are not what its manifest and now say.
 
     Returns its manifest; None for one made elsewhere, whose training rows nobody knows.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         return None
+    if fault := damage(folder):
+        raise UserError(f"{fault}; restore it, or train again")
     made_on = manifest.get("base", {})
     if made_on.get("fingerprint") != base["fingerprint"]:
         raise UserError(
@@ -116,7 +140,10 @@ def check_adapter(folder: Path, base: dict[str, Any], data: Data) -> dict[str, A
             f"{folder}: trained on another split ({manifest.get('data', {}).get('file')}), so its training rows may"
             " be tested on; use the same --data, fractions and --split-seed, or train again"
         )
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file() and sha256(weights) != manifest.get("adapter_sha256"):
-        raise UserError(f"{weights}: is not the file that its manifest records; restore it, or train again")
+    revisions = {made_on.get("revision"), base["revision"]} - {None}  # a folder has none: its fingerprint must do
+    if len(revisions) > 1:
+        raise UserError(
+            f"{folder}: trained on revision {made_on['revision']} of {base['model']}, not on {base['revision']}; give"
+            f" --base-revision {made_on['revision']}"
+        )
     return manifest

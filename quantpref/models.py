@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True)
 class Base:
-    """One 4-bit base with its tokenizer; `fingerprint` is the same exactly where the weights are."""
+    """One 4-bit base with its tokenizer; `fingerprint` is the same exactly where the weights are.
+
+    `revision`: the hub's commit that was loaded; None for a folder.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -115,7 +119,8 @@ def load_base(name: str, revision: str | None, backend: Backend, max_length: int
     _check_four_bit(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(model, tokenizer, backend, _fingerprint(model, tokenizer), name, revision)
+    commit = getattr(model.config, "_commit_hash", None)  # of a hub base: what the revision, if any, led to
+    return Base(model, tokenizer, backend, base_fingerprint(model, tokenizer), name, commit)
 
 
 def _stored_quantisation(name: str, revision: str | None) -> dict[str, Any] | None:
@@ -212,7 +217,7 @@ def _check_four_bit(model: PreTrainedModel) -> None:
             raise RunError("a projection is in 4-bit but not nf4 with double quantisation")
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def base_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over every weight, quantisation constant included, and over the tokenizer."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
@@ -240,6 +245,28 @@ def four_bit_error() -> tuple[float, float]:
     values = get_4bit_type("nf4", device="cpu").double()
     nearest = values[(blocks / scale).unsqueeze(-1).sub(values).abs().argmin(-1)]
     return float(((found - nearest * scale) / scale).abs().max()), 0.02
+
+
+def four_bit_product_error() -> tuple[float, float]:
+    """Worst error of the 4-bit matrix product that training runs, and what the compute dtype allows.
+
+    Against the de-quantised weights' product in float64, in units of its largest value; 8 rows as in a batch, where
+    bitsandbytes de-quantises and multiplies, and 1 row, for which it has a kernel of its own.
+    """
+    from bitsandbytes import matmul_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(256, 256, generator=generator).to(device(), compute_dtype())
+    packed, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
+    exact = dequantize_4bit(packed, state).double()
+    worst = 0.0
+    for rows in (8, 1):
+        inputs = torch.randn(rows, 256, generator=generator).to(device(), compute_dtype())
+        expected = inputs.double() @ exact.T
+        found = matmul_4bit(inputs, packed.t(), quant_state=state).double()
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst, 1e-5 if compute_dtype() == torch.float32 else 1e-2
 
 
 def new_adapter(base: Base, r: int, alpha: int, seed: int) -> PeftModel:
@@ -361,3 +388,4 @@ def quiet() -> None:
     """Silence the libraries' progress bars and notices; our own lines say what happens."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry without a network is a warning

@@ -18,6 +18,8 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from quantpref import processes
+from quantpref.checkpoints import Checkpoints
+from quantpref.guards import Guards
 from quantpref.kernels import TRITON
 from quantpref.packed_llama import Learner, PackedLlama, TokenStatistics, TreeBatch
 from quantpref.prefix_tree import pack
@@ -99,7 +101,7 @@ class CompletionCollator:
         }
 
 
-class PackedTraining:
+class PackedTraining(Guards, Checkpoints):
     """What SFT and DPO share: Trainer's loop drives a `Learner`, one flat parameter, in place of the whole model.
 
     Trainer walks over all modules and parameters several times a step; of a peft model on 8 billion weights that
@@ -180,7 +182,7 @@ class SharedPrefixDPOTrainer(PackedTraining, DPOTrainer):
 
     def _check_first_loss(self, loss: float) -> None:
         """Before the first step the policy is the reference: margin 0, loss ln 2, or the reference is wrong."""
-        if not abs(loss - math.log(2)) <= 1e-3:
+        if math.isfinite(loss) and not abs(loss - math.log(2)) <= 1e-3:  # else Guards stops it, with the numbers
             raise RunError(
                 f"DPO's loss before the first step is {loss:.5f}, not ln 2 = {math.log(2):.5f}: the reference is not"
                 " the adapter that training started from"

@@ -21,7 +21,7 @@ _ARTICLES = (
 # Other titles in parentheses may follow and stay as they are. The name's own parentheses must
 # close, or an article inside of them would be taken.
 _MOVED_ARTICLE = re.compile(rf"((?:[^()]|\([^()]*\))+), ({_ARTICLES})( \(.*\))?")
-_YEAR = re.compile(r"(.*\S)\s*\(([0-9]{4})\)")
+_YEAR = re.compile(r"(.*\S)\s*\(([1-9][0-9]{3})\)")
 # In a history such a title would be read as two films, or as the end of the history.
 _AMBIGUOUS = re.compile(r"\([0-9]{4}\), |Option [AB]: ")
 

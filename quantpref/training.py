@@ -1,8 +1,6 @@
 """SFT and DPO runs: from comparisons and a base to an adapter folder with its manifest."""
 
-import json
 import math
-import resource
 import statistics
 import sys
 import time
@@ -13,25 +11,30 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
 from config import Config
+from quantpref.checkpoints import trained_weights
 from quantpref.comparisons import Comparison, counterbalance
-from quantpref.models import Adapter, Base, attach, device, new_adapter, training_memory_gib
-from quantpref.prompts import fit, pairs_dataset, tokenise
-from quantpref.runs import MANIFEST, RunError, atomic_folder, environment, sha256, write_json
+from quantpref.experiment import FAILED
+from quantpref.guards import NonFiniteError, check_disk, disk_gib, out_of_memory, peak_memory_gib, smaller_batch
+from quantpref.interrupts import FinishStep
+from quantpref.models import Adapter, Base, attach, device, lora_weights, new_adapter, training_memory_gib
+from quantpref.outcome import Outcome, digests
+from quantpref.progress import TrainingLog
+from quantpref.prompts import fit, pairs_dataset, prompt, tokenise
+from quantpref.resume import made_with, remove_checkpoints, to_resume
+from quantpref.runs import Stopped, UserError, atomic_folder, environment, sha256, write_json, write_manifest
 from quantpref.shared_prefix import (
     CompletionCollator,
     CompletionSFTTrainer,
     PairCollator,
     SharedPrefixDPOTrainer,
 )
+from quantpref.verdict import instability_reasons
 
 LOG = "training_log.jsonl"
-FAILED = "failed.json"
 
 
 def training_pairs(base: Base, train: Sequence[Comparison], config: Config) -> tuple[Any, dict[str, int]]:
@@ -69,6 +72,11 @@ def micro_batch_size(base: Base, tokens_per_pair: int, config: Config) -> int:
     return max(fitting, default=1)
 
 
+def check_space(base: Base, pairs: int, arms: int, config: Config) -> None:
+    """Refuse to begin where the disk cannot hold what `arms` trainings will write."""
+    check_disk(config.output_dir, disk_gib(lora_weights(base.model.config, config.lora_r), pairs, arms))
+
+
 def train_sft(
     base: Base,
     train: Sequence[Comparison],
@@ -99,7 +107,7 @@ def train_sft(
             processing_class=base.tokenizer,
         )
     kind = "sft-more" if start else "sft"
-    _run(trainer, base, config, folder, {**manifest, "kind": kind, "counts": counts, **_lineage(start, None)})
+    _run(trainer, base, train, config, folder, {**manifest, "kind": kind, "counts": counts, **_lineage(start, None)})
 
 
 def train_dpo(
@@ -120,39 +128,40 @@ def train_dpo(
     arguments = _arguments(base, dataset, config, config.num_train_epochs, config.learning_rate, folder)
     trainer = _dpo_trainer(base, model, dataset, config, arguments)
     kind = "dpo" if sft else "dpo-from-base"
-    _run(trainer, base, config, folder, {**manifest, "kind": kind, "counts": counts, **_lineage(sft, sft)})
+    _run(trainer, base, train, config, folder, {**manifest, "kind": kind, "counts": counts, **_lineage(sft, sft)})
 
 
 def trial_steps(
     base: Base, train: Sequence[Comparison], config: Config, folder: Path, steps: int = 12
 ) -> dict[str, Any]:
-    """A few real DPO steps from a fresh adapter: first loss, what moved, seconds per step.
+    """A few real DPO steps from a fresh adapter: first loss, what moved, seconds per step, and back from its folder.
 
-    The time is the median of the later half, since the first steps warm up. Leaves the base as it was, and
-    nothing but logs in `folder`.
+    The longest rows are among them, so that the peak of memory is that of training. The time is the median of the
+    later half, since the first steps warm up. Leaves the base as it was.
     """
-    dataset, _ = training_pairs(base, train[: steps * config.effective_batch_size], config)
+    batch = config.effective_batch_size
+    longest = sorted(train, key=lambda c: len(prompt(c)), reverse=True)[:batch]
+    others = [c for c in train if c not in longest][: (steps - 1) * batch]
+    dataset, _ = training_pairs(base, longest + others, config)
+    epochs = math.ceil(steps * batch / len(dataset))
     model = new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    trainer = _dpo_trainer(
-        base, model, dataset, config, {**_arguments(base, dataset, config, 1, 1e-4, folder), "save_strategy": "no"}
-    )
-    log = _Log("trial", folder / LOG)
+    arguments = {**_arguments(base, dataset, config, epochs, 1e-4, folder), "save_strategy": "no"}
+    trainer = _dpo_trainer(base, model, dataset, config, arguments)
+    log, outcome = TrainingLog("trial", folder / LOG), Outcome(model, base)
     _train(trainer, log)
-    moved = sum(
-        not torch.equal(p.detach().to(before[n]), before[n]) for n, p in model.named_parameters() if n in before
-    )
-    result = {
+    peak, weights = peak_memory_gib(), trained_weights(model)
+    moved = sum(digest != outcome.trained[name] for name, digest in digests(weights).items())
+    _save(model, base, folder)
+    return {
         "first_loss": log.losses[0],
-        "weights": len(before),
+        "weights": len(weights),
         "moved": moved,
-        "trainable_weights": sum(p.numel() for p in before.values()),
+        "trainable_weights": sum(weight.numel() for weight in weights.values()),
         "seconds_per_step": statistics.median(b - a for a, b in pairwise(log.times[len(log.times) // 2 :])),
         "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": peak,
+        "reload_nats": outcome.check(model, trainer.state.global_step, folder, train, config),
     }
-    model.unload()
-    return result
 
 
 def _dpo_trainer(
@@ -185,7 +194,7 @@ def _arguments(
     longest = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in dataset)
     micro = micro_batch_size(base, longest, config)
     return {
-        "output_dir": str(checkpoints_of(folder)),
+        "output_dir": str(config.checkpoints_of(folder)),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": config.effective_batch_size // micro,
         "num_train_epochs": epochs,
@@ -201,18 +210,12 @@ def _arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would log a NaN as 0
         "save_steps": config.save_steps,
-        "save_total_limit": 2,
         "seed": config.seed,
         "report_to": config.report_to,
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
     }
-
-
-def checkpoints_of(folder: Path) -> Path:
-    """llama3_dpo_4bit_final -> dpo_checkpoints, beside it."""
-    return folder.with_name(folder.name.removeprefix("llama3_").removesuffix("_4bit_final") + "_checkpoints")
 
 
 class Float32Adapter:
@@ -232,90 +235,44 @@ class Float32Adapter:
             weight.data = self.values[name]
 
 
-class _Log(TrainerCallback):
-    """Progress bar, training_log.jsonl, and a stop at the first number that is not finite."""
-
-    def __init__(self, title: str, path: Path) -> None:
-        self.title, self.path = title, path
-        self.losses: list[float] = []
-        self.times: list[float] = []
-        self.progress = Progress(
-            TextColumn("{task.description:8}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=Console(width=None if sys.stdout.isatty() else 120),  # in a log nothing is cut off
-        )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", encoding="utf-8")
-        self.progress.start()
-        self.task = self.progress.add_task(self.title, total=state.max_steps, numbers="")
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        row = {"step": state.global_step, **{k: round(v, 8) for k, v in logs.items() if isinstance(v, float | int)}}
-        bad = [k for k, v in row.items() if not math.isfinite(v)]
-        if bad:
-            raise NonFiniteError(state.global_step, {k: str(row[k]) for k in bad})
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        self.losses.append(row["loss"])
-        self.times.append(time.monotonic())
-        numbers = f"loss {row['loss']:.4f}"
-        if "rewards/margins" in row:
-            numbers += f"  margin {row['rewards/margins']:+.3f}  accuracy {row['rewards/accuracies']:.2f}"
-        self.progress.update(self.task, completed=state.global_step, numbers=numbers)
-
-    def close(self) -> None:
-        self.progress.stop()
-        self.file.close()
-
-
-class NonFiniteError(RunError):
-    """Training met a loss or gradient that is not a number."""
-
-    def __init__(self, step: int, numbers: dict[str, str]) -> None:
-        super().__init__(f"step {step}: {numbers} is not finite; lower the learning rate")
-        self.step, self.numbers = step, numbers
-
-
-def _run(trainer: Any, base: Base, config: Config, folder: Path, manifest: dict[str, Any]) -> None:
-    """Train, then save the adapter, its log and its manifest under their final name, all or nothing."""
-    arguments = trainer.args
+def _run(
+    trainer: Any,
+    base: Base,
+    train: Sequence[Comparison],
+    config: Config,
+    folder: Path,
+    manifest: dict[str, Any],
+) -> None:
+    """Train, or train on, then save the adapter, its log and its manifest under their final name, all or nothing."""
+    arguments, checkpoints = trainer.args, Path(trainer.args.output_dir)
     steps = math.ceil(manifest["counts"]["pairs"] / config.effective_batch_size) * int(arguments.num_train_epochs)
-    log = _Log(manifest["kind"], Path(arguments.output_dir) / LOG)
+    log = TrainingLog(manifest["kind"], checkpoints / LOG)
     sys.stdout.write(
         f"{manifest['kind']}: {manifest['counts']['pairs']:,} pairs, {steps:,} steps of {config.effective_batch_size}"
         f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
     )
-    started = time.monotonic()
+    manifest = {**manifest, "config": config.as_json(), "seed": config.seed}
+    trainer.made_with = {**manifest, "environment": environment()}
+    resumed = _resumed(checkpoints, trainer.made_with)
+    outcome = Outcome(trainer.model, base)
+    trainer.started = time.monotonic()
     try:
-        _train(trainer, log)
+        _train(trainer, log, resumed)
     except NonFiniteError as error:
-        failure = {"step": error.step, "cause": "non-finite", "numbers": error.numbers}
         with atomic_folder(folder) as temporary:
-            write_json(temporary / FAILED, {**manifest, "config": config.as_json(), **failure})
+            failure = {"step": error.step, "cause": "non-finite", "numbers": error.numbers}
+            write_json(temporary / FAILED, {**trainer.made_with, **failure})
         raise
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - trainer.started
     with atomic_folder(folder) as temporary:
         _save(trainer.model, base, temporary)
         (temporary / LOG).write_bytes(log.path.read_bytes())
         tail = log.losses[-max(1, len(log.losses) // 10) :]
-        write_json(
-            temporary / MANIFEST,
+        write_manifest(
+            temporary,
             {
-                **manifest,
+                **trainer.made_with,
                 "adapter_sha256": sha256(temporary / "adapter_model.safetensors"),
-                "config": config.as_json(),
-                "seed": config.seed,
-                "environment": environment(),
                 "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 "steps": trainer.state.global_step,
                 "per_device_train_batch_size": arguments.per_device_train_batch_size,
@@ -327,28 +284,49 @@ def _run(trainer: Any, base: Base, config: Config, folder: Path, manifest: dict[
                 "tokens_seen": int(trainer.state.log_history[-2].get("num_tokens", 0)),
             },
         )
-    trainer.model.unload()  # the base stands bare again, for the next arm
+        outcome.check(trainer.model, trainer.state.global_step, temporary, train, config)
+    remove_checkpoints(checkpoints)
+    for reason in instability_reasons(log.losses) if manifest["kind"].startswith("dpo") else ():
+        sys.stdout.write(f"warning: {reason}\n")
 
 
-def _train(trainer: Any, log: _Log) -> None:
+def _resumed(checkpoints: Path, now: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, said in one line, as is every one that cannot be used; None to begin."""
+    path, faults = to_resume(checkpoints)
+    for fault in faults:
+        sys.stdout.write(f"{fault}; this checkpoint is not used\n")
+    if path is None:
+        return None
+    then = made_with(path)["base"]
+    if then != now["base"]:
+        raise UserError(
+            f"{path}: made on base {then}, not on {now['base']}; use that base, or --fresh to begin anew beside it"
+        )
+    sys.stdout.write(f"goes on from {path}\n")
+    return path
+
+
+def _train(trainer: Any, log: TrainingLog, resumed: Path | None = None) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(log)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    arguments = trainer.args
+    effective = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    doing = f"training with {arguments.per_device_train_batch_size} pair(s) at a time"
+    change = smaller_batch(arguments.per_device_train_batch_size, effective)
     try:
-        trainer.train()
+        with FinishStep() as stop, out_of_memory(doing, change):
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         log.close()
+    if stop.signum:
+        step = trainer.state.global_step
+        raise Stopped(stop.signum, f"stopped after step {step}; the same command (without --fresh) goes on from there")
 
 
 def _save(model: PeftModel, base: Base, folder: Path) -> None:
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the manifest says more
     base.tokenizer.save_pretrained(folder)
-
-
-def peak_memory_gib() -> float:
-    """The GPU's peak since the last reset; on a CPU, the process' peak resident size."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -10,7 +10,7 @@ import pytest
 from config import PRESETS, Config
 from quantpref.comparisons import Comparison, fingerprint, flip, load, save
 from quantpref.experiment import check_adapter, difference, load_data, read_manifest
-from quantpref.runs import UserError, write_json
+from quantpref.runs import UserError, write_manifest
 
 TINY = PRESETS["tiny"]
 
@@ -212,7 +212,7 @@ def test_difference_sees_another_sft_adapter(config, kind):
     assert texts == [f"it started from another SFT adapter than {config.data.parent / 'other'}"]
 
 
-BASE = {"model": "tiny", "fingerprint": "f" * 64, "quantisation": {"type": "nf4", "double": True}}
+BASE = {"model": "tiny", "revision": "1a2b", "fingerprint": "f" * 64, "quantisation": {"type": "nf4", "double": True}}
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def adapter(config):
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
     manifest = manifest_of(config, "dpo", base=BASE, adapter_sha256=digest)
-    write_json(folder / "manifest.json", manifest)
-    return folder, manifest
+    write_manifest(folder, manifest)
+    return folder, read_manifest(folder)
 
 
 def test_check_adapter_accepts_its_own(config, adapter):
@@ -250,9 +250,12 @@ def test_check_adapter_refuses_another_base_quantisation_split_or_weights(config
         check_adapter(folder, {**BASE, "quantisation": {"type": "nf4", "double": False}}, data)
     with pytest.raises(UserError, match="trained on another split .*; use the same --data, fractions and --split-seed"):
         check_adapter(folder, BASE, load_data(replace(config, split_seed=1)))
+    with pytest.raises(UserError, match="trained on revision 1a2b of tiny, not on 3c4d; give --base-revision 1a2b"):
+        check_adapter(folder, {**BASE, "revision": "3c4d"}, data)
+    assert check_adapter(folder, {**BASE, "revision": None}, data)  # the same weights, from a folder
     (folder / "adapter_model.safetensors").write_bytes(b"weightz")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: is not the file that its manifest records"):
         check_adapter(folder, BASE, data)
-    write_json(folder / "manifest.json", {})
+    write_manifest(folder, {})
     with pytest.raises(UserError, match="trained on base None"):
         check_adapter(folder, BASE, data)

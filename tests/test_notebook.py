@@ -19,6 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from config import PRESETS, ROOT, Config
 from quantpref import browse, explore
 from quantpref.comparisons import Movie, flip, load, save
+from quantpref.runs import write_manifest
 from quantpref.scoring import Scores
 from quantpref.simulate import simulate
 
@@ -122,9 +123,13 @@ def test_another_data_file_is_refused(finished, tmp_path):
     save(data, [flip(c) for c in load(finished.parent / "people.jsonl")])
     results = tmp_path / "evaluation" / "results.json"
     results.write_text(results.read_text().replace(str(finished.parent / "people.jsonl"), str(data)))
+    with pytest.raises(browse.Stop, match=r"results\.json: is not the file that its manifest records"):
+        browse.open_run(tmp_path)
+    write_manifest(results.parent, {})
     with pytest.raises(browse.Stop, match=r"people\.jsonl: is not the file that .* was made with"):
         browse.open_run(tmp_path)
     results.write_text("{}")
+    write_manifest(results.parent, {})
     with pytest.raises(browse.Stop, match="lacks verdict"):
         browse.open_run(tmp_path)
 

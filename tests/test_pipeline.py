@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from config import ROOT
 from quantpref.comparisons import counterbalance, flip, load, save, split_by_user
+from quantpref.runs import write_manifest
 from quantpref.simulate import simulate
 
 
@@ -327,7 +328,7 @@ def test_two_equal_adapters_are_refused(out, data, tmp_path):
     folder = copied / "llama3_dpo_4bit_final"
     shutil.copy(copied / "llama3_sft_4bit_final" / "adapter_model.safetensors", folder)
     changed = {**manifest(copied, "dpo"), "adapter_sha256": manifest(copied, "sft")["adapter_sha256"]}
-    (folder / "manifest.json").write_text(json.dumps(changed))
+    write_manifest(folder, changed)
     assert "the same model" in script("evaluate_dpo.py", copied, data, status=1)
     assert not (copied / "evaluation").exists()
 
