@@ -8,10 +8,12 @@ python evaluate_dpo.py --preset tiny --runs outputs/seed-1 outputs/seed-2 --outp
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from config import Config, parse_config
+from quantpref import processes
 from quantpref.comparisons import Comparison, fingerprint
 from quantpref.experiment import FAILED, Data, check_adapter, failure, load_data
 from quantpref.runs import (
@@ -33,6 +35,7 @@ RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
 
 
 def main(config: Config) -> None:
+    processes.start()
     data = load_data(config)
     if config.runs:
         from quantpref.aggregate import aggregate
@@ -50,9 +53,12 @@ def main(config: Config) -> None:
         if config.show:
             show_samples(config, data.split.test)
         return
-    with locked(config.output_dir):
-        remove_leftovers(config.output_dir)
+    with locked(config.output_dir) if processes.is_first() else nullcontext():
+        if processes.is_first():
+            remove_leftovers(config.output_dir)
         results, predictions = (aggregate(config, data), {}) if config.runs else evaluate(config, data, folders)
+        if not processes.is_first():
+            return
         if config.evaluation_folder.exists():
             print(f"an earlier evaluation is now {set_aside(config.evaluation_folder)}")
         write(config, {**results, "identity": identity}, predictions)

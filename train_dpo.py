@@ -3,13 +3,16 @@
 
 python train_dpo.py --preset tiny
 python train_dpo.py --data my_comparisons.jsonl          # Llama 3 8B on a 24 GB card
+accelerate launch train_dpo.py --data my_comparisons.jsonl          # on every GPU of this machine
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from config import Config, parse_config
+from quantpref import processes
 from quantpref.experiment import (
     FAILED,
     Data,
@@ -25,12 +28,15 @@ from quantpref.runs import RunError, UserError, damage, locked, one_line_errors,
 
 
 def main(config: Config) -> None:
+    processes.start()
     data = load_data(config)
     if not (config.retrain_sft or config.fresh) and finished(config, data):
         print(f"{config.output_dir}: finished with these settings; next: evaluate_dpo.py with the same flags")
         return
-    with locked(config.output_dir):
-        clear_the_way(config)
+    with locked(config.output_dir) if processes.is_first() else nullcontext():
+        if processes.is_first():
+            clear_the_way(config)
+        processes.wait()
         finished(config, data)
         check_unfinished(config, data)
         train(config, data)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Training on a GPU: ours beside TRL's and Unsloth's own DPO, one base, one data set, one call.
 
-    python benchmarks/llama3_shape.py --tokenizer FOLDER --out BASE
-    python benchmarks/gpu_training.py --base BASE --rows ours trl spread --out out/ours.json
+    python benchmarks/llama3_shape.py --tokenizer TOKENIZER --out BASE      # a folder, for Unsloth
+    python benchmarks/gpu_training.py --base TOKENIZER --rows ours trl spread --out out/ours.json
     python benchmarks/gpu_training.py --base BASE --rows unsloth --out out/unsloth.json
 
 The pairs are the embedded texts whose mean lengths under Llama 3's tokenizer are FACTS': about 112 prompt and 44
@@ -33,7 +33,7 @@ PARAMETERS = 6_979_321_856  # of the projections of Llama 3 8B: what a token is 
 @dataclass(frozen=True)
 class Bench:
     base: Path
-    """Folder of the base in 4-bit (benchmarks/llama3_shape.py)."""
+    """Folder of Llama 3's tokenizer: the base, of random weights, is made in memory. For Unsloth, a base's folder."""
     out: Path
     """JSON file to write."""
     rows: tuple[Literal["ours", "trl", "spread", "unsloth", "growth", "lengths"], ...]
@@ -57,11 +57,14 @@ def main(bench: Bench) -> None:
 
 
 def our_rows(bench: Bench, results: dict[str, Any]) -> None:
+    from llama3_shape import base_in_memory
+
     from quantpref import models
     from quantpref.backends import choose_backend
 
     models.quiet()
-    base = models.load_base(str(bench.base), None, choose_backend("transformers"))
+    choose_backend("transformers")
+    base = base_in_memory(bench.base)
     texts = text_pairs(base.tokenizer, bench.pairs)
 
     def measure(name: str, run: Callable[[], dict[str, Any]]) -> None:
@@ -69,6 +72,7 @@ def our_rows(bench: Bench, results: dict[str, Any]) -> None:
             results[name] = run()
         except Exception as error:  # a peer that breaks must not cost the other rows
             results[name] = {"error": repr(error)[:500]}
+        write_json(bench.out, results)
         print(name, {k: v for k, v in results[name].items() if k != "losses"}, flush=True)
 
     if "ours" in bench.rows:
@@ -208,6 +212,7 @@ def trl(base: Any, pairs: Sequence[Any], steps: int, micro: int, usual: bool = F
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset  # the same token ids as ours
 
+    base.model.gradient_checkpointing_disable()  # an earlier row may have switched it on
     model = models.new_adapter(base, 16, 16, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Plain(
@@ -255,6 +260,7 @@ def plain_tree(base: Any, pairs: Sequence[Any], steps: int) -> dict[str, Any]:
         def _check_first_loss(self, loss: float) -> None:
             pass  # the reference is not computed here
 
+    base.model.gradient_checkpointing_disable()
     model = models.new_adapter(base, 16, 16, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = PlainTree(

@@ -14,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bitsandbytes
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from config import parse_flags
+from quantpref.models import Base
 from quantpref.runs import UserError, one_line_errors
 
 
@@ -33,15 +35,14 @@ class Shape:
     """Seed of the random weights."""
 
 
-def main(shape: Shape) -> None:
-    if shape.out.exists():
-        raise UserError(f"{shape.out}: exists; choose another --out")
-    torch.manual_seed(shape.seed)
+def random_llama3(layers: int = 32, seed: int = 0) -> LlamaForCausalLM:
+    """Random weights in bf16, on the GPU."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=4096,
         intermediate_size=14_336,
-        num_hidden_layers=shape.layers,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=8192,
@@ -53,6 +54,39 @@ def main(shape: Shape) -> None:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def quantise(model: LlamaForCausalLM) -> None:
+    """Its projections to nf4 with double quantisation, in place: what loading in 4-bit makes of them."""
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(parent, name, _four_bit(linear))
+    model.requires_grad_(False)
+    torch.cuda.empty_cache()
+
+
+def _four_bit(linear: torch.nn.Linear) -> bitsandbytes.nn.Linear4bit:
+    sizes = (linear.in_features, linear.out_features)
+    settings = {"compress_statistics": True, "quant_type": "nf4"}
+    new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, device="meta", **settings)
+    new.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **settings).cuda()
+    return new
+
+
+def base_in_memory(tokenizer: Path) -> Base:
+    """The whole thing without a folder."""
+    model = random_llama3()
+    quantise(model)
+    return Base(model, AutoTokenizer.from_pretrained(tokenizer), "transformers", "", "Llama 3 8B's shape", None)
+
+
+def main(shape: Shape) -> None:
+    if shape.out.exists():
+        raise UserError(f"{shape.out}: exists; choose another --out")
+    model = random_llama3(shape.layers, shape.seed)
     shape.out.parent.mkdir(parents=True, exist_ok=True)
     sixteen_bit = tempfile.mkdtemp(dir=shape.out.parent)
     try:

@@ -54,19 +54,10 @@ class Checkpoints:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "generators": generators(),
-            "reference": self._known_reference(),
+            "reference": self.reference,
             "tokens_seen": self._total_train_tokens,
             "seconds": time.monotonic() - self.started,
         }
-
-    def _known_reference(self: Any) -> Tensor | None:
-        """What any process has computed: each knows the pairs that it was given."""
-        if self.reference is None:
-            return None
-        merged, *others = self.accelerator.gather(self.reference[None])
-        for other in others:
-            merged = torch.where(merged.isnan(), other, merged)
-        return merged
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -89,8 +89,10 @@ class LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         group, n = ctx.group, len(ctx.group.a)
-        own, low = x.split((group.inputs, group.room), 1)
         grad_x = grad @ group.weight()
+        if not group.rank:
+            return grad_x, None
+        own, low = x.split((group.inputs, group.room), 1)
         grad_own, grad_low = grad_x.split((group.inputs, group.room), 1)
         torch.mm(grad_low[:, :n].T, own, out=group.grad_a)
         for out, h, grad_b in zip(grad.split(group.sizes, 1), low.split(group.rank, 1), group.grad_b, strict=False):
@@ -111,10 +113,15 @@ class FlatAdapters:
         self.weights = self.gradients = torch.empty(0, dtype=dtype, device=device)
         self.frozen: dict[str, Tensor] = {}
         self.flat = nn.Parameter(self._gather(train, torch.float32)) if train else None
-        if train and self.flat is not None:
-            matrices = self._matrices(train)
-            for matrix, part in zip(matrices, self.flat.data.split([m.numel() for m in matrices]), strict=True):
-                matrix.data = part.view(matrix.shape)
+        if train:
+            self.attach()
+
+    def attach(self) -> None:
+        """Make peft's matrices of the learning adapter views of `flat`, wherever that lies now."""
+        assert self.train is not None and self.flat is not None
+        matrices = self._matrices(self.train)
+        for matrix, part in zip(matrices, self.flat.data.split([m.numel() for m in matrices]), strict=True):
+            matrix.data = part.view(matrix.shape)
 
     def _matrices(self, adapter: str) -> list[nn.Parameter]:
         return [matrix for group in self.groups for matrix in group.matrices(adapter)]
@@ -124,9 +131,6 @@ class FlatAdapters:
 
     def use(self, adapter: str | None) -> None:
         """From now on the model is this adapter on its base; None is the base alone."""
-        if adapter is None and self.train:
-            self.weights.zero_()  # by the same kernels as the adapter that learns; LoRA then adds exactly 0
-            return
         if adapter is None:
             self._lay_out(0, 0.0)
             return

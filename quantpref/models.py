@@ -289,19 +289,20 @@ def lora_weights(shape: Any, r: int) -> int:
 
 
 def training_memory_gib(shape: Any, r: int, tokens: int) -> float:
-    """Predicted peak of training on a GPU, for `tokens` tokens a forward pass without checkpointing.
+    """Predicted peak of training on a GPU, for forward passes of `tokens` packed columns.
 
-    4-bit projections with their constants (0.516 bytes a weight), embeddings and LM head in bf16; the adapter
-    in float32 with gradient, 8-bit moments and its frozen reference; 30 activations of the hidden size a token
-    and layer in bf16, and 16 bytes a logit on 40 % of the tokens. Llama 3 8B at 1,600 tokens: 18.8 GiB, where
-    18.1 were measured (benchmarks/RESULTS.md).
+    4-bit projections with their constants (0.516 bytes a weight), embeddings and LM head in bf16, the largest group of
+    projections de-quantised; the adapter in float32 with gradient and 8-bit moments, and four copies in bf16; what a
+    backward pass needs of each column and block in bf16; 12 bytes a logit on 55 % of the columns. Llama 3 8B at 1,408
+    columns: 14.2 GiB, where 14.0 were measured (benchmarks/RESULTS.md).
     """
-    heads = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_key_value_heads * shape.head_dim
-    linear = shape.num_hidden_layers * shape.hidden_size * (2 * heads + 2 * key_value + 3 * shape.intermediate_size)
-    weights = 0.516 * linear + 2 * 2 * shape.vocab_size * shape.hidden_size
-    adapter = lora_weights(shape, r) * (4 + 4 + 2 + 4)
-    activations = tokens * (30 * shape.num_hidden_layers * shape.hidden_size * 2 + 0.4 * 16 * shape.vocab_size)
+    hidden, width, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    heads, key_value = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    linear = layers * hidden * (2 * heads + 2 * key_value + 3 * width)
+    weights = 0.516 * linear + 2 * 2 * shape.vocab_size * hidden + 2 * 2 * hidden * width
+    adapter = lora_weights(shape, r) * (4 + 4 + 2 + 4 * 2)
+    kept = 5 * hidden + 4 * heads + 2 * key_value + 3 * width
+    activations = tokens * (2 * layers * kept + 0.55 * 12 * shape.vocab_size)
     return (weights + adapter + activations) / 2**30
 
 

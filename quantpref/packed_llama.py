@@ -104,8 +104,8 @@ class PackedLlama:
         logits = normed @ self.head.T
         return start, TokenStatistics(*token_statistics(logits, batch.tokens))
 
-    def frozen(self, adapter: str | None, batch: TreeBatch) -> TokenStatistics:
-        """The same of another adapter, None for the bare base, by the very kernels that learning runs."""
+    def frozen(self, adapter: str, batch: TreeBatch) -> TokenStatistics:
+        """The same of another adapter of the learning one's rank, by the very kernels that learning runs."""
         with torch.autocast(batch.ids.device.type, enabled=False):
             self.adapters.use(adapter)
             return self.run(batch).forward(batch)

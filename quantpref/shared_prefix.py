@@ -118,7 +118,9 @@ class PackedTraining(Guards, Checkpoints):
         return self.optimizer
 
     def _wrap_model(self: Any, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        return self.accelerator.prepare_model(Learner(self.llama))
+        wrapped = self.accelerator.prepare_model(Learner(self.llama))
+        self.llama.adapters.attach()  # DDP has moved the flat parameter
+        return wrapped
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer would count 8 billion weights, every step
@@ -142,14 +144,21 @@ class SharedPrefixDPOTrainer(PackedTraining, DPOTrainer):
     they agree to the last bit and the loss is ln 2.
     """
 
-    def __init__(self, reference_file: Path | None = None, **settings: Any) -> None:
+    reference_file: Path | None = None
+
+    def __init__(self, **settings: Any) -> None:
         pairs = settings["train_dataset"]
         rows = pairs.add_column("row", list(range(len(pairs))))
         super().__init__(**{**settings, "train_dataset": rows})
         self.precompute_ref_logps = True  # TRL's loss then reads them from the batch
-        self.reference_file = reference_file
-        kept = read_reference(reference_file, len(rows)) if reference_file else None
-        self.reference = unknown(len(rows)) if kept is None else kept
+        self.reference = unknown(len(rows))
+
+    def keep_reference(self, path: Path | None) -> None:
+        """Take the reference's numbers from this file, or write them there once all are known."""
+        self.reference_file = path
+        kept = read_reference(path, len(self.reference)) if path else None
+        if kept is not None:
+            self.reference = kept
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # prompts.tokenise has made and checked the ids
@@ -170,13 +179,13 @@ class SharedPrefixDPOTrainer(PackedTraining, DPOTrainer):
         """(B, 2): the reference's log-probabilities of these pairs' chosen and rejected responses."""
         rows, device = torch.tensor(inputs["row"]), self.accelerator.device
         if self.reference[rows].isnan().any():
-            adapter = "ref" if "ref" in self.model.peft_config else None  # dpo-from-base refers to the bare base
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-            answer = Answer(functools.partial(self.llama.frozen, adapter))(**{**inputs, "labels": labels})
+            # TRL has frozen a copy of the adapter that training starts from, and called it "ref".
+            answer = Answer(functools.partial(self.llama.frozen, "ref"))(**{**inputs, "labels": labels})
             found = answer.log_probs.sum(1).view(2, -1).T.contiguous()
             everywhere, found = self.accelerator.gather((rows.to(device), found))
             self.reference[everywhere.cpu()] = found.cpu()
-            if self.reference_file and processes.rank() == 0 and not self.reference.isnan().any():
+            if self.reference_file and processes.is_first() and not self.reference.isnan().any():
                 write_reference(self.reference_file, self.reference)
         return self.reference[rows].to(device)
 

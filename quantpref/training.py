@@ -1,6 +1,9 @@
 """SFT and DPO runs: from comparisons and a base to an adapter folder with its manifest."""
 
+import hashlib
+import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -15,6 +18,7 @@ from transformers import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
 from config import Config
+from quantpref import processes
 from quantpref.checkpoints import trained_weights
 from quantpref.comparisons import Comparison, counterbalance
 from quantpref.experiment import FAILED
@@ -24,6 +28,7 @@ from quantpref.models import Adapter, Base, attach, device, lora_weights, new_ad
 from quantpref.outcome import Outcome, digests
 from quantpref.progress import TrainingLog
 from quantpref.prompts import fit, pairs_dataset, prompt, tokenise
+from quantpref.reference import reference_file
 from quantpref.resume import made_with, remove_checkpoints, to_resume
 from quantpref.runs import Stopped, UserError, atomic_folder, environment, sha256, write_json, write_manifest
 from quantpref.shared_prefix import (
@@ -52,18 +57,28 @@ def training_pairs(base: Base, train: Sequence[Comparison], config: Config) -> t
 
 
 def micro_batch_size(base: Base, tokens_per_pair: int, config: Config) -> int:
-    """Pairs per forward pass: the config's, or the largest divisor of the effective batch that fits.
+    """Pairs per forward pass: the config's, or the largest divisor of each process' share of a step that fits.
 
     Decided before training from the memory that is free; the result does not depend on it.
+
+    Raises:
+        UserError: the effective batch cannot be shared out evenly.
     """
-    if isinstance(config.per_device_train_batch_size, int):
-        return config.per_device_train_batch_size
+    share, rest = divmod(config.effective_batch_size, processes.count())
+    wanted = config.per_device_train_batch_size
+    if rest or (isinstance(wanted, int) and share % wanted):
+        raise UserError(
+            f"--effective-batch-size {config.effective_batch_size} cannot be shared out by {processes.count()}"
+            f" processes with --per-device-train-batch-size {wanted}; choose numbers that divide it"
+        )
+    if isinstance(wanted, int):
+        return wanted
     if device().type == "cpu":
-        return config.effective_batch_size
+        return share
     free_gib = torch.cuda.mem_get_info()[0] / 2**30
     shape = base.model.config
     already = training_memory_gib(shape, config.lora_r, 0)  # the base is loaded: its memory is not free any more
-    divisors = [n for n in range(1, config.effective_batch_size + 1) if config.effective_batch_size % n == 0]
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
     fitting = [
         n
         for n in divisors
@@ -127,6 +142,7 @@ def train_dpo(
     model = attach(base, {"default": sft}) if sft else new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
     arguments = _arguments(base, dataset, config, config.num_train_epochs, config.learning_rate, folder)
     trainer = _dpo_trainer(base, model, dataset, config, arguments)
+    trainer.keep_reference(_reference_file(base, sft, dataset, config, arguments))
     kind = "dpo" if sft else "dpo-from-base"
     _run(trainer, base, train, config, folder, {**manifest, "kind": kind, "counts": counts, **_lineage(sft, sft)})
 
@@ -177,6 +193,23 @@ def _dpo_trainer(
         )
 
 
+def _reference_file(
+    base: Base, sft: Adapter | None, dataset: Any, config: Config, arguments: dict[str, Any]
+) -> Path | None:
+    """Where this reference's numbers for these batches are kept, beside the SFT adapter; None where nothing can be."""
+    beside = config.sft_folder.absolute().parent
+    if not os.access(beside, os.W_OK):
+        return None
+    identity = {
+        "base": base.fingerprint,
+        "adapter": sft.sha256 if sft else None,
+        "pairs": hashlib.sha256(json.dumps(dataset.to_dict()).encode()).hexdigest(),
+        "batches": [config.seed, arguments["per_device_train_batch_size"], processes.count()],
+        "environment": {name: environment()[name] for name in ("versions", "device")},
+    }
+    return reference_file(beside / "reference_log_probs", identity)
+
+
 def _lineage(start: Adapter | None, reference: Adapter | None) -> dict[str, Any]:
     return {
         "lineage": {
@@ -196,7 +229,7 @@ def _arguments(
     return {
         "output_dir": str(config.checkpoints_of(folder)),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": config.effective_batch_size // micro,
+        "gradient_accumulation_steps": config.effective_batch_size // (micro * processes.count()),
         "num_train_epochs": epochs,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "linear",
@@ -215,6 +248,10 @@ def _arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
+        "dataloader_num_workers": int(on_gpu),  # the next rows are packed while the GPU works on these
+        "dataloader_persistent_workers": on_gpu,
+        "use_cpu": not on_gpu,
+        "ddp_find_unused_parameters": False,
     }
 
 
@@ -246,7 +283,7 @@ def _run(
     """Train, or train on, then save the adapter, its log and its manifest under their final name, all or nothing."""
     arguments, checkpoints = trainer.args, Path(trainer.args.output_dir)
     steps = math.ceil(manifest["counts"]["pairs"] / config.effective_batch_size) * int(arguments.num_train_epochs)
-    log = TrainingLog(manifest["kind"], checkpoints / LOG)
+    log = TrainingLog(manifest["kind"], checkpoints / LOG if processes.is_first() else Path(os.devnull))
     sys.stdout.write(
         f"{manifest['kind']}: {manifest['counts']['pairs']:,} pairs, {steps:,} steps of {config.effective_batch_size}"
         f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
@@ -259,11 +296,36 @@ def _run(
     try:
         _train(trainer, log, resumed)
     except NonFiniteError as error:
+        if not processes.is_first():
+            raise
         with atomic_folder(folder) as temporary:
             failure = {"step": error.step, "cause": "non-finite", "numbers": error.numbers}
             write_json(temporary / FAILED, {**trainer.made_with, **failure})
         raise
     seconds = time.monotonic() - trainer.started
+    if processes.is_first():
+        with processes.alone():
+            _finish(trainer, base, train, config, folder, log, outcome, seconds)
+        remove_checkpoints(checkpoints)
+    else:
+        trainer.model.unload()
+    processes.wait()
+    for reason in instability_reasons(log.losses) if manifest["kind"].startswith("dpo") else ():
+        sys.stdout.write(f"warning: {reason}\n")
+
+
+def _finish(
+    trainer: Any,
+    base: Base,
+    train: Sequence[Comparison],
+    config: Config,
+    folder: Path,
+    log: TrainingLog,
+    outcome: Outcome,
+    seconds: float,
+) -> None:
+    """Save the adapter under its final name, if it is what training should have made of it."""
+    arguments, pairs = trainer.args, trainer.made_with["counts"]["pairs"]
     with atomic_folder(folder) as temporary:
         _save(trainer.model, base, temporary)
         (temporary / LOG).write_bytes(log.path.read_bytes())
@@ -279,15 +341,12 @@ def _run(
                 "first_loss": log.losses[0],
                 "last_tenth_mean_loss": sum(tail) / len(tail),
                 "wall_seconds": seconds,
-                "pairs_per_second": manifest["counts"]["pairs"] * int(arguments.num_train_epochs) / seconds,
+                "pairs_per_second": pairs * int(arguments.num_train_epochs) / seconds,
                 "peak_memory_gib": peak_memory_gib(),
                 "tokens_seen": int(trainer.state.log_history[-2].get("num_tokens", 0)),
             },
         )
         outcome.check(trainer.model, trainer.state.global_step, temporary, train, config)
-    remove_checkpoints(checkpoints)
-    for reason in instability_reasons(log.losses) if manifest["kind"].startswith("dpo") else ():
-        sys.stdout.write(f"warning: {reason}\n")
 
 
 def _resumed(checkpoints: Path, now: dict[str, Any]) -> Path | None:

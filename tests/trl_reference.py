@@ -25,6 +25,7 @@ from quantpref.prompts import pairs_dataset, tokenise
 from quantpref.shared_prefix import CompletionCollator, CompletionSFTTrainer, PairCollator, SharedPrefixDPOTrainer
 
 TINY = PRESETS["tiny"]
+PAIRS = slice(1, 3)  # two pairs of different lengths; the interpreter is slow
 
 
 class TheirDPO(DPOTrainer):
@@ -42,9 +43,10 @@ class OurDPO(SharedPrefixDPOTrainer):
 
 
 def disturb(policy, generator):
+    """So much that the base, which knows its responses by heart, is unsure of them and has gradients to compare."""
     for name, weight in policy.named_parameters():
         if "lora_B.default" in name:
-            weight.data += 0.03 * torch.randn(weight.shape, generator=generator)
+            weight.data += 0.2 * torch.randn(weight.shape, generator=generator)
 
 
 def one_batch(kind, config, tokenizer, dataset, collator=None):
@@ -93,7 +95,7 @@ def settings(folder, rows):
 
 
 def dpo(tokenizer, response, folder):
-    pairs, _ = tokenise(tokenizer, load(TINY.data)[:4], response)
+    pairs, _ = tokenise(tokenizer, load(TINY.data)[PAIRS], response)
     dataset = pairs_dataset(pairs)
     config = DPOConfig(**settings(folder, len(pairs)), beta=0.3)
     return side_by_side(
@@ -103,7 +105,7 @@ def dpo(tokenizer, response, folder):
 
 
 def sft(tokenizer, folder):
-    pairs, _ = tokenise(tokenizer, load(TINY.data)[:4])
+    pairs, _ = tokenise(tokenizer, load(TINY.data)[PAIRS])
     completion_only = Dataset.from_list(
         [{"input_ids": p.prompt_ids + p.chosen_ids, "labels": [-100] * len(p.prompt_ids) + p.chosen_ids} for p in pairs]
     )
