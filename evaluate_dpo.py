@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, parse_config
-from quantpref.comparisons import Comparison, fingerprint
+from quantpref.comparisons import Comparison, fingerprint, save
+from quantpref.controls import control_sets
 from quantpref.experiment import Data, check_adapter, load_data
 from quantpref.runs import RunError, UserError, atomic_folder, one_line_errors, read_json, set_aside, sha256, write_json
 
@@ -22,13 +23,15 @@ RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
 
 def main(config: Config) -> None:
     data = load_data(config)
+    controls: dict[str, list[Comparison]] = {}
     if config.runs:
         from quantpref.aggregate import aggregate
 
         identity = {"runs": [sha256(run / "evaluation" / RESULTS) for run in config.runs if run.is_dir()]}
     else:
         folders = adapter_folders(config)
-        identity = run_identity(config, data, folders)
+        controls = control_sets(data.test_file, data.split.test, config.split_seed)
+        identity = run_identity(config, data, folders, controls)
     results = finished_results(config, identity)
     if results is not None:
         outcome = results["verdict"]["outcome"]
@@ -40,10 +43,10 @@ def main(config: Config) -> None:
         return
     if config.runs:
         results = {**aggregate(config, data), "identity": identity}
-        write(config, results, {})
+        write(config, results, {}, controls)
     else:
-        results, predictions = evaluate(config, data, folders)
-        write(config, {**results, "identity": identity}, predictions)
+        results, predictions = evaluate(config, data, folders, controls)
+        write(config, {**results, "identity": identity}, predictions, controls)
     show(config, data.split.test, results)
 
 
@@ -65,8 +68,10 @@ def adapter_folders(config: Config) -> dict[str, Path]:
     return folders
 
 
-def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[str, Any]:
-    """What makes two evaluations the same: the adapters' weights, the test comparisons, the precisions."""
+def run_identity(
+    config: Config, data: Data, folders: dict[str, Path], controls: Mapping[str, list[Comparison]]
+) -> dict[str, Any]:
+    """What makes two evaluations the same: the adapters' weights, the comparisons of all sets, the precisions."""
     return {
         "adapters": {
             arm: sha256(file)
@@ -74,6 +79,7 @@ def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[s
             if (file := folder / "adapter_model.safetensors").is_file()
         },
         "test": fingerprint(data.split.test),
+        "controls": {name: fingerprint(rows) for name, rows in controls.items()},
         "base_model": config.base_model,
         "precision": sorted(config.precision),
     }
@@ -91,7 +97,9 @@ def finished_results(config: Config, identity: dict[str, Any]) -> dict[str, Any]
     return None
 
 
-def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate(
+    config: Config, data: Data, folders: dict[str, Path], controls: dict[str, list[Comparison]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load, score, decide. Returns the results, and by file name the scores to keep beside them."""
     from quantpref.backends import choose_backend
 
@@ -112,13 +120,15 @@ def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict
     adapters = {arm: models.read_adapter(folder) for arm, folder in folders.items()}
 
     model = models.attach(base, adapters)
-    parts = {"test": data.split.test, "validation": data.split.validation}
-    test, validation = score_arms(model, base.tokenizer, adapters, parts, config)
+    parts = {"test": data.split.test, "validation": data.split.validation, **controls}
+    test, validation, *of_controls = score_arms(model, base.tokenizer, adapters, parts, config)
     refuse_twins(test)
+    scored = {name: (controls[name], scores) for name, scores in zip(controls, of_controls, strict=True)}
     reasoning = check_reasoning(model, base.tokenizer, data.split.test, test, config)
     predictions = {
         PREDICTIONS: (data.split.test, test),
         "predictions_validation.parquet": (data.split.validation, validation),
+        **{f"predictions_{name}.parquet": found for name, found in scored.items()},
     }
     sixteen_bit = None
     if "16bit" in config.precision:
@@ -129,7 +139,7 @@ def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict
         )
         predictions["predictions_16bit.parquet"] = (data.split.test, sixteen_bit)
 
-    results = analyse(data.split, test, validation, config.seed, sixteen_bit)
+    results = analyse(data.split, test, validation, config.seed, scored, sixteen_bit)
     if failed.is_file():
         results["verdict"] = failed_verdict(read_json(failed))
     else:
@@ -251,8 +261,13 @@ def training_curves(folder: Path) -> list[dict[str, float]]:
     return [{key: row[key] for key in keys if key in row} for row in rows]
 
 
-def write(config: Config, results: dict[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Scores, results, report and figures, under their final names all at once or not at all."""
+def write(
+    config: Config,
+    results: dict[str, Any],
+    predictions: Mapping[str, Any],
+    controls: Mapping[str, list[Comparison]],
+) -> None:
+    """Scores, control sets, results, report and figures, under their final names all at once or not at all."""
     from quantpref import figures, report
     from quantpref.metrics import write_predictions
     from quantpref.runs import write_text
@@ -260,6 +275,8 @@ def write(config: Config, results: dict[str, Any], predictions: Mapping[str, Any
     with atomic_folder(config.evaluation_folder) as folder:
         for name, (comparisons, scores) in predictions.items():
             write_predictions(folder / name, comparisons, scores)
+        for name, comparisons in controls.items():
+            save(folder / f"{name}.jsonl", comparisons)
         drawn = figures.draw(results)
         figures.save(drawn, folder / "figures")
         write_text(folder / "report.md", report.markdown(results))

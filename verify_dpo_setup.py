@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def judged(fine: bool, name: str, found: str, todo: str, otherwise: str = "fail"
 def main(config: Config) -> None:
     failed = 0
     found: dict[str, Any] = {}  # what earlier checks hand to later ones: the data, the base
-    for check in (python, packages, device, data, power, base, memory, disk, four_bit, dpo_steps):
+    for check in (python, packages, device, data, leakage, power, base, memory, disk, four_bit, dpo_steps):
         for result in run(check, config, found):
             failed += result.status == "fail"
             print(f"{MARKS[result.status]} {result.name:14} {result.found}", flush=True)
@@ -136,7 +136,8 @@ def disk(config: Config, found: dict[str, Any]) -> Iterator[Check]:
 def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     from quantpref.experiment import load_data
 
-    found["data"] = loaded = load_data(config)
+    # The leakage check below judges what these two refuse, and shows the rest too.
+    found["data"] = loaded = load_data(replace(config, strict=False, max_shortcut=None))
     split, share = loaded.split, loaded.manifest["labels_a"] / loaded.manifest["comparisons"]
     yield Check(
         "ok",
@@ -151,6 +152,39 @@ def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
         "nothing: training shows the preferred film first in half, the test scores both orders",
         "warn",
     )
+
+
+def leakage(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """Leaks between the parts and within the rows, and what rules score that do not look at the history."""
+    if "data" not in found:
+        return
+    from quantpref.leakage import SHORTCUTS, leakage_report, refuse
+
+    report = leakage_report(found["data"].split, config.split_seed)
+    for leak in report["leaks"]:
+        text, todo = f"{leak['leak']}: {leak['count']}, such as {leak['example']}", "remove these rows"
+        yield Check("fail" if config.strict else "warn", "leakage", text, todo)
+    if not report["leaks"]:
+        yield Check("ok", "leakage", "no user, comparison or flipped copy in two parts, no later rating in a history")
+    twins, later = report["duplicate_titles"], report["comparisons_with_a_film_of_a_later_year"]
+    cold = report["test_comparisons_preferred_film_cold"]
+    yield Check(
+        "ok",
+        "films",
+        f"{twins['films']} under several spellings {'; '.join(twins['examples'])}".rstrip()
+        + f", {later} comparisons with a film of a later year, {cold} test comparisons prefer a film not in training",
+    )
+    rules = {name: report["baselines"][name] for name in SHORTCUTS if name in report["baselines"]}
+    text = ", ".join(
+        f"{name.replace('_', ' ')} {row['accuracy']:.1%} ({100 * row['accuracy_ci95'][0]:.1f}-"
+        f"{100 * row['accuracy_ci95'][1]:.1f})"
+        for name, row in rules.items()
+    )
+    try:
+        refuse({**report, "leaks": []}, config.data, config.max_shortcut, config.strict)
+        yield Check("ok", "shortcuts", text)
+    except UserError as error:
+        yield Check("fail", "shortcuts", text, str(error))
 
 
 def power(config: Config, found: dict[str, Any]) -> Iterator[Check]:

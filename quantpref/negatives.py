@@ -196,27 +196,27 @@ def _nearest(timeline: Timeline, rows: Rows, rng: np.random.Generator) -> Drawn:
                 film[side, i], gap[side, i] = equal[int(rows.luck[i] * len(equal))], least
 
     _sweep(timeline, rows, visit)
-    side, row = balanced_sides(film != NONE, gap, rng), np.arange(len(rows))
-    return Drawn(film[side, row], level, level + np.where(side == 0, 1, -1) * gap[side, row])
+    side, row = balanced_sides(film != NONE, gap, rows.moment, rng), np.arange(len(rows))
+    return Drawn(film[side, row], level, level + (1 - 2 * side) * gap[side, row])
 
 
-def balanced_sides(there: NDArray[np.bool_], gap: Ints, rng: np.random.Generator) -> Ints:
+def balanced_sides(there: NDArray[np.bool_], gap: Ints, moment: Ints, rng: np.random.Generator) -> Ints:
     """(n,) 0 for the film above, 1 for the one below, from (2, n) which of them exist and how far off they are.
 
     Nothing is above the most popular film and nothing below one that nobody had rated, and films lie closer together
-    below than above: chance or nearness alone would give popularity away. So a tally of both signs is kept, those
-    without a choice first, then the others in random order: as long as it is even the nearer film is taken,
-    otherwise the one that evens it. Equally popular films do not count.
+    below than above: chance or nearness alone would give popularity away. So a tally of both signs is kept through
+    time, so that a part cut out of it is balanced too: as long as it is even the nearer film is taken, otherwise the
+    one that evens it. Equally popular films do not count.
     """
     side = np.where(there[0], 0, 1)
-    free = there.all(axis=0) & (gap.sum(axis=0) > 0)
-    forced = there.any(axis=0) & ~there.all(axis=0)
-    tally = int(np.sum(1 - 2 * side[forced]))
-    coin = rng.random(len(side)) < 0.5
-    for i in rng.permutation(np.flatnonzero(free)).tolist():
-        above, below = gap[:, i].tolist()
-        nearer = int(coin[i]) if above == below else int(below < above)
-        side[i] = int(tally > 0) if tally else nearer
+    counted, free = np.any(gap > 0, axis=0), np.all(there, axis=0)
+    coin, tally = rng.random(len(side)) < 0.5, 0
+    order = np.argsort(moment, kind="stable")
+    for i in order[np.take(counted, order)].tolist():
+        if free[i]:
+            above, below = gap[:, i].tolist()
+            nearer = int(coin[i]) if above == below else int(below < above)
+            side[i] = int(tally > 0) if tally else nearer
         tally += 1 - 2 * int(side[i])
     return side
 

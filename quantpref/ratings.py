@@ -84,12 +84,17 @@ def build(ratings: Path, movies: Path, options: Options) -> Built:
     rows = rows.take(kept)
     drawn = draw(timeline, rows, options.negatives, other_rng)
     rows, drawn = rows.take(drawn.other != NONE), drawn.take(drawn.other != NONE)
+    single = _first_of_its_kind(rows, drawn)
+    counts["comparisons_dropped_same_as_another_users"] = len(rows) - int(single.sum())
+    rows, drawn = rows.take(single), drawn.take(single)
     matched = None
     if options.negatives != "popularity":
         matched = draw(timeline, rows, "popularity", matched_rng)
         there = matched.other != NONE
         rows, drawn, matched = rows.take(there), drawn.take(there), matched.take(there)
-    counts["comparisons_dropped_no_other_film"] = len(kept) - len(rows)
+    counts["comparisons_dropped_no_other_film"] = (
+        len(kept) - counts["comparisons_dropped_same_as_another_users"] - len(rows)
+    )
     counts["comparisons_kept"] = len(rows)
     counts["users_kept"] = len(np.unique(rows.user))
     counts["comparisons_kept_preferred_film_cold"] = int((drawn.past_preferred == 0).sum())
@@ -179,6 +184,15 @@ def _sample(n: int, limit: int | None, rng: np.random.Generator) -> Ints:
     return np.arange(n) if limit is None or limit >= n else np.sort(rng.permutation(n)[:limit])
 
 
+def _first_of_its_kind(rows: Rows, drawn: Drawn) -> NDArray[np.bool_]:
+    """(n,) False where somebody before has the same history and options: it could be trained on and tested."""
+    options = np.sort(np.column_stack((rows.film, drawn.other)), axis=1)
+    _, first = np.unique(np.column_stack((rows.history, options)), axis=0, return_index=True)
+    single = np.zeros(len(rows), np.bool_)
+    single[first] = True
+    return single
+
+
 def _preferred_first(n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
     """The preferred film as A in half of the rows (one more or less if odd)."""
     return (rng.permutation(n) + rng.integers(2)) % 2 == 0
@@ -202,12 +216,13 @@ class _Finish:
             self.rows.film, other, self.rows.history,
         )  # fmt: skip
         made = []
-        for first, user, time, film, another, history in zip(*(c.tolist() for c in columns), strict=True):
+        for line, row in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1):
+            first, user, time, film, another, history = row
             options: tuple[Movie, Movie] = (movies[film], movies[another])
             a, b = options if first else options[::-1]
             label = "A" if first else "B"
             films = tuple(plain[seen] for seen in history)
-            made.append(Comparison(films, a, b, label, user=str(user), time=time))  # type: ignore[arg-type]
+            made.append(Comparison(films, a, b, label, user=str(user), time=time, line=line))  # type: ignore[arg-type]
         return made
 
     def shortcuts(self, drawn: Drawn) -> Margins:
