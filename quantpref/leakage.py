@@ -22,7 +22,7 @@ from quantpref.titles import natural_title
 
 SHORTCUTS = ("always_a", "popularity", "past_popularity", "release_year")  # none of them looks at the history
 STRICT_MAX_SHORTCUT = 0.65  # of the usual random negatives, counting popularity passes 0.75 and more
-MOST_COUNTED = 20_000  # training and test comparisons that the baselines look at: seconds, in place of minutes
+MOST_COUNTED = 10_000  # training and test comparisons that the baselines look at: seconds, in place of minutes
 PARTS = ("train", "validation", "test")
 
 
