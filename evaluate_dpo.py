@@ -14,7 +14,6 @@ from typing import Any
 
 from config import Config, parse_config
 from quantpref.comparisons import Comparison, fingerprint, save
-from quantpref.controls import control_sets
 from quantpref.experiment import Data, check_adapter, load_data
 from quantpref.runs import RunError, UserError, atomic_folder, one_line_errors, read_json, set_aside, sha256, write_json
 
@@ -29,6 +28,8 @@ def main(config: Config) -> None:
 
         identity = {"runs": [sha256(run / "evaluation" / RESULTS) for run in config.runs if run.is_dir()]}
     else:
+        from quantpref.controls import control_sets
+
         folders = adapter_folders(config)
         controls = control_sets(data.test_file, data.split.test, config.split_seed)
         identity = run_identity(config, data, folders, controls)

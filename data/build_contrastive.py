@@ -144,10 +144,19 @@ def from_ratings(config: Ratings) -> Made:
     )
 
 
-def judged(config: Simulate | Ratings, made: Made) -> dict[str, Any]:
-    """The leakage report; what --strict and --max-shortcut refuse is refused before anything is written."""
+def judged(config: Simulate | Ratings, made: Made) -> dict[str, Any] | None:
+    """The leakage report; None where there are too few users to split, such as in a file to test on.
+
+    What --strict and --max-shortcut refuse is refused before anything is written.
+    """
     fractions = Config.train_fraction, Config.validation_fraction
-    split = split_comparisons(made.comparisons, config.split, *fractions, Config.split_seed)
+    try:
+        split = split_comparisons(made.comparisons, config.split, *fractions, Config.split_seed)
+    except UserError as error:
+        if config.strict or config.max_shortcut is not None:
+            raise
+        print(f"no leakage report: {error}")
+        return None
     test = np.array([c.line - 1 for c in split.test])
     report = leakage_report(split, Config.split_seed, accuracies(made.shortcuts, test))
     refuse(report, config.out, config.max_shortcut, config.strict)

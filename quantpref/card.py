@@ -20,17 +20,6 @@ def write_card(data: Path, card: Mapping[str, Any]) -> None:
 
 
 def markdown(card: Mapping[str, Any]) -> str:
-    report = card["leakage"]
-    leaks = [f"- **{x['leak']}**: {x['count']}, such as {x['example']}" for x in report["leaks"]] or ["- none found"]
-    twins = report["duplicate_titles"]
-    facts = [
-        f"- {report['labels_a']:.1%} of the labels are A",
-        f"- {twins['films']} films under several spellings {'; '.join(twins['examples'])}".rstrip(),
-        f"- {report['comparisons_with_a_film_of_a_later_year']:,} comparisons with a film of a later year than they",
-        "- test comparisons with a film that no training comparison shows:"
-        f" {report['test_comparisons_preferred_film_cold']:,} as the preferred one,"
-        f" {report['test_comparisons_other_film_cold']:,} as the other",
-    ]
     parts = [
         f"# {card['file']}",
         f"{card['comparisons']:,} comparisons of {card['users']:,} users, SHA-256 `{card['sha256']}`.",
@@ -42,21 +31,33 @@ def markdown(card: Mapping[str, Any]) -> str:
         _table(("Step", "Count"), [(k.replace("_", " "), f"{v:,}") for k, v in card["counts"].items()]),
         "## Control sets",
         _controls(card["controls"]),
-        f"## Leakage, split by {card['options'].get('split', 'user')}",
+        f"## Leakage, split by {card['options']['split']}",
+        *(_leakage(card["leakage"]) if card["leakage"] else ["Too few users for a training and a test part."]),
+    ]
+    if card["whole_file"]:
+        parts += ["Of all comparisons in the file:", _rules(card["whole_file"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _leakage(report: Mapping[str, Any]) -> list[str]:
+    twins = report["duplicate_titles"]
+    leaks = [f"- **{x['leak']}**: {x['count']}, such as {x['example']}" for x in report["leaks"]] or ["- none found"]
+    facts = [
+        f"- {report['labels_a']:.1%} of the labels are A",
+        f"- {twins['films']} films under several spellings {'; '.join(twins['examples'])}".rstrip(),
+        f"- {report['comparisons_with_a_film_of_a_later_year']:,} comparisons with a film of a later year than they",
+        "- test comparisons with a film that no training comparison shows:"
+        f" {report['test_comparisons_preferred_film_cold']:,} as the preferred one,"
+        f" {report['test_comparisons_other_film_cold']:,} as the other",
+    ]
+    return [
         "\n".join([*leaks, *facts]),
         "## What simple rules score",
         "Accuracy and its 95 % interval on the test part, counted on the training part: {test:,} and {train:,}"
         " comparisons. Past and all-time popularity are counted on all ratings by others, past ones before each"
         " comparison.".format(**report["baselines_counted_on"]),
-        _table(("Rule", "Accuracy", "Interval"), [_rule(*item) for item in report["baselines"].items()]),
-        *([] if not card["whole_file"] else ["On the whole file:"]),
-        *(
-            []
-            if not card["whole_file"]
-            else [_table(("Rule", "Accuracy", "Interval"), [_rule(*item) for item in card["whole_file"].items()])]
-        ),
+        _rules(report["baselines"]),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _controls(controls: Mapping[str, Any]) -> str:
@@ -70,8 +71,9 @@ def _controls(controls: Mapping[str, Any]) -> str:
     return "\n\n".join([note, _table(("Set", "File", "SHA-256", "Past popularity", "All-time popularity"), rows)])
 
 
-def _rule(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return name_of(name), f"{row['accuracy']:.1%}", number(row["accuracy_ci95"])
+def _rules(rules: Mapping[str, Any]) -> str:
+    rows = [(name_of(name), f"{row['accuracy']:.1%}", number(row["accuracy_ci95"])) for name, row in rules.items()]
+    return _table(("Rule", "Accuracy", "Interval"), rows)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

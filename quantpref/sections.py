@@ -125,7 +125,8 @@ def _accuracies() -> Section:
 
 def control_rows(results: Mapping[str, Any]) -> list[str]:
     """Who stands in the figure and table of the control sets: the popularity baseline, and every arm."""
-    return ["popularity", *arm_order(results)]
+    scored = [found["arms"] | found["baselines"] for found in results["controls"].values()]
+    return [who for who in ("popularity", *arm_order(results)) if all(who in found for found in scored)]
 
 
 def control_of(results: Mapping[str, Any], name: str, who: str) -> Mapping[str, Any]:
@@ -143,7 +144,7 @@ def _controls(results: Mapping[str, Any]) -> Section | None:
         + " ".join(CONTROL_MEANINGS[name] for name in controls)
     ]
     if "swapped-user" in controls:
-        notes += [_personalised(results, arm) for arm in ("sft", "dpo") if arm in results["arms"]]
+        notes += [_personalised(results, arm) for arm in ("sft", "dpo") if arm in controls["swapped-user"]["arms"]]
     main = {who: (results["baselines"] | results["arms"])[who]["accuracy"] for who in control_rows(results)}
     head = ["", "Main test"]
     for name in controls:
