@@ -89,7 +89,7 @@ def test_the_printed_table_keeps_its_form():
 
 def test_html_has_every_section_in_order_and_every_figure(page, images):
     assert page.headings == HEADINGS
-    assert sum(tag == "svg" for tag, _ in page.tags) == len(images) == 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == len(images) == 7
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
 
