@@ -84,14 +84,18 @@ def pandas_loop(folder: Path, out: Path, limit: int) -> None:
     pd.DataFrame(rows[:limit]).to_json(out, orient="records", lines=True)
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for the simulated files: 1 GB")
     parser.add_argument("--negatives", default="popularity", help="as data/build_contrastive.py has it")
     parser.add_argument("--shares", type=int, nargs="*", default=list(SHARES), help="one part in so many of 32M")
     parser.add_argument("--budget", type=int, default=600, help="seconds that the pandas loop may take")
     parser.add_argument("--pandas", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = arguments()
     if options.pandas:
         pandas_loop(options.folder, options.pandas, COMPARISONS)
         return

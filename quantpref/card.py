@@ -26,7 +26,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         "## Made from",
         _table(("File", "SHA-256"), [(name, f"`{digest}`") for name, digest in card["sources"].items()]),
         "## Made with",
-        _table(("Option", "Value"), [(key, "default" if v is None else v) for key, v in card["options"].items()]),
+        _table(("Option", "Value"), [(key, "not set" if v is None else v) for key, v in card["options"].items()]),
         "## Counts",
         _table(("Step", "Count"), [(k.replace("_", " "), f"{v:,}") for k, v in card["counts"].items()]),
         "## Control sets",
@@ -35,7 +35,11 @@ def markdown(card: Mapping[str, Any]) -> str:
         *(_leakage(card["leakage"]) if card["leakage"] else ["Too few users for a training and a test part."]),
     ]
     if card["whole_file"]:
-        parts += ["Of all comparisons in the file:", _rules(card["whole_file"])]
+        parts += [
+            "Past and all-time popularity are counted on all ratings by others, past ones before each comparison. Of all"
+            " comparisons in the file:",
+            _rules(card["whole_file"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -54,8 +58,7 @@ def _leakage(report: Mapping[str, Any]) -> list[str]:
         "\n".join([*leaks, *facts]),
         "## What simple rules score",
         "Accuracy and its 95 % interval on the test part, counted on the training part: {test:,} and {train:,}"
-        " comparisons. Past and all-time popularity are counted on all ratings by others, past ones before each"
-        " comparison.".format(**report["baselines_counted_on"]),
+        " comparisons.".format(**report["baselines_counted_on"]),
         _rules(report["baselines"]),
     ]
 
