@@ -36,7 +36,7 @@ def markdown(card: Mapping[str, Any]) -> str:
     ]
     if card["whole_file"]:
         parts += [
-            "Past and all-time popularity are counted on all ratings by others, past ones before each comparison. Of all"
+            "Past and all-time popularity count all ratings by others, past ones before each comparison. Of all"
             " comparisons in the file:",
             _rules(card["whole_file"]),
         ]
