@@ -81,37 +81,44 @@ def build(ratings: Path, movies: Path, options: Options) -> Built:
     rows = preferred_films(timeline, options.comparisons_per_user, counts, luck_rng)
     kept = _sample(len(rows), options.limit, limit_rng)
     counts["comparisons_dropped_over_limit"] = len(rows) - len(kept)
-    rows = rows.take(kept)
-    drawn = draw(timeline, rows, options.negatives, other_rng)
-    rows, drawn = rows.take(drawn.other != NONE), drawn.take(drawn.other != NONE)
-    single = _first_of_its_kind(rows, drawn)
-    counts["comparisons_dropped_same_as_another_users"] = len(rows) - int(single.sum())
-    rows, drawn = rows.take(single), drawn.take(single)
+    rows, drawn = _with_other_film(timeline, rows.take(kept), options.negatives, counts, other_rng)
     matched = None
     if options.negatives != "popularity":
+        # Drawn for the rows that stay, or the sides of its gaps would be balanced for others.
         matched = draw(timeline, rows, "popularity", matched_rng)
         there = matched.other != NONE
         rows, drawn, matched = rows.take(there), drawn.take(there), matched.take(there)
-    counts["comparisons_dropped_no_other_film"] = (
-        len(kept) - counts["comparisons_dropped_same_as_another_users"] - len(rows)
-    )
-    counts["comparisons_kept"] = len(rows)
-    counts["users_kept"] = len(np.unique(rows.user))
-    counts["comparisons_kept_preferred_film_cold"] = int((drawn.past_preferred == 0).sum())
+        counts["comparisons_dropped_no_other_film"] += int((~there).sum())
     if not len(rows):
         raise UserError(
             f"{ratings}: no comparison can be made: of {counts['users_read']} users, none liked a film"
             f" ({counts['liked_from_rating']:g} or more) after {HISTORY_FILMS} others while there was a film left to"
             f" offer (--negatives {options.negatives}); bring more ratings or lower --like-threshold"
         )
+    counts["comparisons_kept"] = len(rows)
+    counts["users_kept"] = len(np.unique(rows.user))
+    counts["comparisons_kept_preferred_film_cold"] = int((drawn.past_preferred == 0).sum())
     finish = _Finish(timeline, catalogue, rows, _preferred_first(len(rows), label_rng))
     return Built(
         comparisons=finish.comparisons(drawn.other),
-        shortcuts=finish.shortcuts(drawn),
+        shortcuts=finish.shortcuts(drawn, own=options.negatives == "disliked"),
         matched=None if matched is None else finish.comparisons(matched.other),
-        matched_shortcuts=None if matched is None else finish.shortcuts(matched),
+        matched_shortcuts=None if matched is None else finish.shortcuts(matched, own=False),
         counts=counts,
     )
+
+
+def _with_other_film(
+    timeline: Timeline, rows: Rows, kind: Negatives, counts: Counts, rng: np.random.Generator
+) -> tuple[Rows, Drawn]:
+    """The rows for which there is another film, each history and options once."""
+    drawn = draw(timeline, rows, kind, rng)
+    there = drawn.other != NONE
+    counts["comparisons_dropped_no_other_film"] = int((~there).sum())
+    rows, drawn = rows.take(there), drawn.take(there)
+    single = _first_of_its_kind(rows, drawn)
+    counts["comparisons_dropped_same_as_another_users"] = int((~single).sum())
+    return rows.take(single), drawn.take(single)
 
 
 def _read(ratings: Path, catalogue: Catalogue, options: Options) -> tuple[Timeline, Counts]:
@@ -225,16 +232,13 @@ class _Finish:
             made.append(Comparison(films, a, b, label, user=str(user), time=time, line=line))  # type: ignore[arg-type]
         return made
 
-    def shortcuts(self, drawn: Drawn) -> Margins:
-        """Past: counted before the comparison's time. All-time: every rating there will be. Others' ratings alone."""
+    def shortcuts(self, drawn: Drawn, own: bool) -> Margins:
+        """Past: counted before the comparison's time. All-time: every rating there will be. Others' ratings alone.
+
+        own: whether the other film was rated by the comparison's user too, as the preferred one was.
+        """
         total = np.bincount(self.timeline.film, minlength=len(self.timeline.films))
-        # Its user rated the preferred film, and the other one only where it was disliked.
-        own = self._rated_by_its_user(drawn.other)
         return {
             "past_popularity": (drawn.past_preferred - drawn.past_other).astype(float),
             "all_time_popularity": (total[self.rows.film] - 1 - (total[drawn.other] - own)).astype(float),
         }
-
-    def _rated_by_its_user(self, film: Ints) -> NDArray[np.bool_]:
-        pairs = zip(self.rows.user.tolist(), film.tolist(), strict=True)
-        return np.array([bool((self.timeline.film[self.timeline.of(u)] == f).any()) for u, f in pairs])
