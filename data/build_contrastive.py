@@ -175,36 +175,44 @@ def accuracies(shortcuts: Mapping[str, Margins], rows: Any = slice(None)) -> dic
 def main(config: Simulate | Ratings) -> None:
     from quantpref.card import card_files, write_card
 
-    for path in (config.out, control_file(config.out, MATCHED), *card_files(config.out)):
+    outputs = (config.out, control_file(config.out, MATCHED), *card_files(config.out))
+    for path in outputs:
         if path.exists():
             raise UserError(f"{path}: exists; choose another --out or remove it")
     made = simulated(config) if isinstance(config, Simulate) else from_ratings(config)
     report = judged(config, made)
+    try:
+        write_card(config.out, {**written(config, made), "leakage": report})
+    except BaseException:  # nothing of it was there before; a file without its card is not left behind
+        for path in outputs:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def written(config: Simulate | Ratings, made: Made) -> dict[str, Any]:
+    """Write the comparisons and their control set; returns what the card says of them."""
     controls = {}
     if made.matched is not None:
         path = control_file(config.out, MATCHED)
         controls[MATCHED] = {
-            "file": path.name, "sha256": save(path, made.matched),
+            "file": path.name,
+            "sha256": save(path, made.matched),
             "shortcuts": accuracies(made.matched_shortcuts or {}),
-        }  # fmt: skip
+        }
     digest = save(config.out, made.comparisons)
     labels = sum(c.label == "A" for c in made.comparisons)
-    write_card(
-        config.out,
-        {
-            "file": config.out.name,
-            "sha256": digest,
-            "comparisons": len(made.comparisons),
-            "users": len({c.user for c in made.comparisons}),
-            "sources": {path.name: sha256(path) for path in made.sources},
-            "options": options(config),
-            "counts": made.counts,
-            "controls": controls,
-            "leakage": report,
-            "whole_file": accuracies(made.shortcuts),
-        },
-    )
     print(f"{config.out}: {len(made.comparisons):,} comparisons, {labels:,} of them labelled A, sha256 {digest}")
+    return {
+        "file": config.out.name,
+        "sha256": digest,
+        "comparisons": len(made.comparisons),
+        "users": len({c.user for c in made.comparisons}),
+        "sources": {path.name: sha256(path) for path in made.sources},
+        "options": options(config),
+        "counts": made.counts,
+        "controls": controls,
+        "whole_file": accuracies(made.shortcuts),
+    }
 
 
 def options(config: Simulate | Ratings) -> dict[str, Any]:

@@ -134,6 +134,20 @@ def test_nothing_is_replaced(dump, tmp_path, there):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_what_fails_half_way_leaves_nothing(dump, tmp_path, monkeypatch):
+    """Here the card cannot be written, after the comparisons are."""
+    import quantpref.card
+    from data.build_contrastive import Ratings, main
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quantpref.card, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(Ratings(tmp_path / "mine.jsonl", ratings=dump[0], movies=dump[1]))
+    assert list(tmp_path.iterdir()) == []
+
+
 def cut(text: str) -> str:
     return text[: text.rindex("::") - 2]
 
