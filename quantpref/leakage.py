@@ -32,6 +32,7 @@ def leakage_report(split: Split, seed: int, shortcuts: Mapping[str, float] | Non
     shortcuts: accuracies counted elsewhere, by name, that are judged as baselines too.
     """
     parts = dict(zip(PARTS, (split.train, split.validation, split.test), strict=True))
+    copies, flipped = _shared_comparisons(parts)
     rows = [c for part in parts.values() for c in part]
     train, test = (_some(part, seed) for part in (split.train, split.test))
     baselines = {name: baseline_metrics(margins) for name, margins in baseline_margins(train, test).items()}
@@ -40,8 +41,8 @@ def leakage_report(split: Split, seed: int, shortcuts: Mapping[str, float] | Non
             {"leak": leak, "count": len(found), "example": found[0]}
             for leak, found in (
                 ("user in two parts", _shared_users(parts)),
-                ("same comparison in two parts", _shared_comparisons(parts, flipped=False)),
-                ("flipped copy in two parts", _shared_comparisons(parts, flipped=True)),
+                ("same comparison in two parts", copies),
+                ("flipped copy in two parts", flipped),
                 ("option in its own history, spelled otherwise", _respelled(rows)),
                 ("rating from after the comparison", _future_ratings(rows)),
             )
@@ -102,13 +103,13 @@ def _shared_users(parts: Mapping[str, Sequence[Comparison]]) -> list[str]:
     return [f"user {user}, {_where(found)}" for user, found in _places(parts, lambda c: c.cluster).items()]
 
 
-def _shared_comparisons(parts: Mapping[str, Sequence[Comparison]], flipped: bool) -> list[str]:
-    """The same history and options; flipped: with the options exchanged."""
-    found = []
+def _shared_comparisons(parts: Mapping[str, Sequence[Comparison]]) -> tuple[list[str], list[str]]:
+    """The same history and options: as they stand, and with the options exchanged."""
+    found: tuple[list[str], list[str]] = ([], [])
     for places in _places(parts, lambda c: c.key).values():
         first, *others = places.values()
-        if any((str(c.option_a) != str(first.option_a)) == flipped for c in others):
-            found.append(_where(places))
+        for flipped in {str(c.option_a) != str(first.option_a) for c in others}:
+            found[flipped].append(_where(places))
     return found
 
 

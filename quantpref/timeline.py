@@ -94,22 +94,9 @@ def build_timeline(rated: pl.DataFrame, liked_from: float, disliked_to: float) -
     Of a film's ratings by one user the first counts; of one second, the lowest.
     """
     users, films, seconds = (rated[name].unique().sort().to_numpy() for name in ("user", "film", "time"))
-    sizes = {"user": len(users), "film": len(films), "moment": len(seconds), "grade": GRADES}
     rating = rated["rating"]
-    codes = {
-        "user": _numbered(rated["user"]),
-        "film": _numbered(rated["film"]),
-        "moment": _numbered(rated["time"]),
-        "grade": (1 + (rating >= liked_from).cast(pl.Int8) - (rating <= disliked_to).cast(pl.Int8)).to_numpy(),
-    }
-    order = ("user", "film", "moment", "grade")
-    key = pack(*((codes.pop(name), sizes[name]) for name in order))
-    key.sort()
-    user, film, moment, grade = unpack(key[_first_of_run(pack_prefix(key, sizes))], *(sizes[name] for name in order))
-    order = ("user", "moment", "film", "grade")
-    key = pack(*zip((user, moment, film, grade), (sizes[name] for name in order), strict=True))
-    key.sort()
-    user, moment, film, grade = unpack(key, *(sizes[name] for name in order))
+    grade = (1 + (rating >= liked_from).cast(pl.Int8) - (rating <= disliked_to).cast(pl.Int8)).to_numpy()
+    user, moment, film, grade = _in_order(rated, users, films, seconds, grade)
     key = pack((moment, len(seconds)), (film, len(films)))
     key.sort()
     when, chronicle = unpack(key, len(seconds), len(films))
@@ -134,14 +121,29 @@ def build_timeline(rated: pl.DataFrame, liked_from: float, disliked_to: float) -
     )
 
 
-def pack_prefix(key: NDArray[np.uint64], sizes: dict[str, int]) -> NDArray[np.uint64]:
-    """The user and film of a key of user, film, moment and grade."""
-    return key >> np.uint64(_bits(sizes["moment"]) + _bits(sizes["grade"]))
-
-
-def _numbered(values: pl.Series) -> Codes:
-    """The place of each value among the distinct ones, ascending."""
-    return values.rank("dense").cast(pl.UInt32).to_numpy() - np.uint32(1)
+def _in_order(
+    rated: pl.DataFrame, users: Ints, films: Ints, seconds: Ints, graded: NDArray[np.int8]
+) -> tuple[Codes, Codes, Codes, Codes]:
+    """User, moment, film and grade of the ratings that count, sorted by these."""
+    codes = (
+        np.searchsorted(users, rated["user"].to_numpy()).astype(np.uint32),
+        np.searchsorted(films, rated["film"].to_numpy()).astype(np.uint32),
+        # Nearly every rating has a moment of its own: sorting them is five times faster than looking each up.
+        rated["time"].rank("dense").cast(pl.UInt32).to_numpy() - np.uint32(1),
+        graded,
+    )
+    sizes = (len(users), len(films), len(seconds), GRADES)
+    key = pack(*zip(codes, sizes, strict=True))
+    del codes
+    key.sort()
+    pair = key >> np.uint64(_bits(len(seconds)) + _bits(GRADES))
+    user, film, moment, grade = unpack(key[_first_of_run(pair)], *sizes)
+    del pair
+    sizes = (len(users), len(seconds), len(films), GRADES)
+    key = pack(*zip((user, moment, film, grade), sizes, strict=True))
+    key.sort()
+    user, moment, film, grade = unpack(key, *sizes)
+    return user, moment, film, grade
 
 
 def _first_of_run(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
