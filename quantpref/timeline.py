@@ -125,7 +125,7 @@ def _in_order(
     rated: pl.DataFrame, users: Ints, films: Ints, seconds: Ints, graded: NDArray[np.int8]
 ) -> tuple[Codes, Codes, Codes, Codes]:
     """User, moment, film and grade of the ratings that count, sorted by these."""
-    codes = (
+    codes: tuple[NDArray, ...] = (
         np.searchsorted(users, rated["user"].to_numpy()).astype(np.uint32),
         np.searchsorted(films, rated["film"].to_numpy()).astype(np.uint32),
         # Nearly every rating has a moment of its own: sorting them is five times faster than looking each up.
