@@ -1,7 +1,7 @@
 """Ratings as sorted arrays of small numbers: who watched what when, and what was known by then.
 
 A rating becomes one 64-bit number with the most significant part in front, so that a plain sort of integers (no index,
-no copy of a table) puts 32 million ratings in order; the arrays below hold 13 bytes a rating.
+no copy of a table) puts 32 million ratings in order. The arrays below hold 13 bytes a rating and 24 a moment.
 """
 
 from dataclasses import dataclass
