@@ -43,8 +43,14 @@ class Config:
     """Share of the users trained on."""
     validation_fraction: float = 0.1
     """Share of the users for temperatures and choices; the rest, 20 % by default, is the test."""
+    split: Literal["user", "time"] = "user"
+    """Draw the users of each part at random, or cut at two moments, so that training ends before the test begins."""
     split_seed: int = 3407
     """Seed of the split; apart from --seed, so that runs with other seeds share one test set."""
+    max_shortcut: float | None = None
+    """Refuse data on which a rule that ignores the history is right in more than this share of the test."""
+    strict: bool = False
+    """Refuse data with any leak that verify names, and, unless --max-shortcut says otherwise, shortcuts above 0.65."""
     response: Literal["reasoned", "verdict"] = "reasoned"
     """Train on the whole sentence, or only up to "Option A."."""
     max_length: int = 2048
@@ -268,6 +274,8 @@ def _check_ranges(config: Config) -> None:
         )
         if not 0 < getattr(config, name) < math.inf
     ]  # fmt: skip
+    if config.max_shortcut is not None and not 0.5 <= config.max_shortcut <= 1:
+        wrong.append(f"--max-shortcut must be from 0.5 to 1, found {config.max_shortcut}")
     if not config.train_fraction + config.validation_fraction < 1:
         wrong.append("--train-fraction and --validation-fraction must leave a test part: their sum is 1 or more")
     micro = config.per_device_train_batch_size

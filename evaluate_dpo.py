@@ -14,7 +14,7 @@ from typing import Any
 
 from config import Config, parse_config
 from quantpref import processes
-from quantpref.comparisons import Comparison, fingerprint
+from quantpref.comparisons import Comparison, fingerprint, save
 from quantpref.experiment import FAILED, Data, check_adapter, failure, load_data
 from quantpref.runs import (
     RunError,
@@ -37,13 +37,17 @@ RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
 def main(config: Config) -> None:
     processes.start()
     data = load_data(config)
+    controls: dict[str, list[Comparison]] = {}
     if config.runs:
         from quantpref.aggregate import aggregate
 
         identity = {"runs": [sha256(run / "evaluation" / RESULTS) for run in config.runs if run.is_dir()]}
     else:
+        from quantpref.controls import control_sets
+
         folders = adapter_folders(config)
-        identity = run_identity(config, data, folders)
+        controls = control_sets(data.test_file, data.split.test, config.split_seed)
+        identity = run_identity(config, data, folders, controls)
     results = finished_results(config, identity)
     if results is not None:
         outcome = results["verdict"]["outcome"]
@@ -56,12 +60,15 @@ def main(config: Config) -> None:
     with locked(config.output_dir) if processes.is_first() else nullcontext():
         if processes.is_first():
             remove_leftovers(config.output_dir)
-        results, predictions = (aggregate(config, data), {}) if config.runs else evaluate(config, data, folders)
+        if config.runs:
+            results, predictions = aggregate(config, data), {}
+        else:
+            results, predictions = evaluate(config, data, folders, controls)
         if not processes.is_first():
             return
         if config.evaluation_folder.exists():
             print(f"an earlier evaluation is now {set_aside(config.evaluation_folder)}")
-        write(config, {**results, "identity": identity}, predictions)
+        write(config, {**results, "identity": identity}, predictions, controls)
     show(config, data.split.test, results)
 
 
@@ -88,8 +95,10 @@ def adapter_folders(config: Config) -> dict[str, Path]:
     return folders
 
 
-def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[str, Any]:
-    """What makes two evaluations the same: the adapters' weights, the test comparisons, the precisions."""
+def run_identity(
+    config: Config, data: Data, folders: dict[str, Path], controls: Mapping[str, list[Comparison]]
+) -> dict[str, Any]:
+    """What makes two evaluations the same: the adapters' weights, the comparisons of all sets, the precisions."""
     return {
         "adapters": {
             arm: sha256(file)
@@ -97,6 +106,7 @@ def run_identity(config: Config, data: Data, folders: dict[str, Path]) -> dict[s
             if (file := folder / "adapter_model.safetensors").is_file()
         },
         "test": fingerprint(data.split.test),
+        "controls": {name: fingerprint(rows) for name, rows in controls.items()},
         "base_model": config.base_model,
         "precision": sorted(config.precision),
     }
@@ -113,7 +123,9 @@ def finished_results(config: Config, identity: dict[str, Any]) -> dict[str, Any]
     return results if results.get("identity") == identity else None
 
 
-def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate(
+    config: Config, data: Data, folders: dict[str, Path], controls: dict[str, list[Comparison]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load, score, decide. Returns the results, and by file name the scores to keep beside them."""
     from quantpref.backends import choose_backend
 
@@ -134,13 +146,15 @@ def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict
     adapters = {arm: models.read_adapter(folder) for arm, folder in folders.items()}
 
     model = models.attach(base, adapters)
-    parts = {"test": data.split.test, "validation": data.split.validation}
-    test, validation = score_arms(model, base.tokenizer, adapters, parts, config)
+    parts = {"test": data.split.test, "validation": data.split.validation, **controls}
+    test, validation, *of_controls = score_arms(model, base.tokenizer, adapters, parts, config)
     refuse_twins(test)
+    scored = {name: (controls[name], scores) for name, scores in zip(controls, of_controls, strict=True)}
     reasoning = check_reasoning(model, base.tokenizer, data.split.test, test, config)
     predictions = {
         PREDICTIONS: (data.split.test, test),
         "predictions_validation.parquet": (data.split.validation, validation),
+        **{f"predictions_{name}.parquet": found for name, found in scored.items()},
     }
     sixteen_bit = None
     if "16bit" in config.precision:
@@ -151,7 +165,7 @@ def evaluate(config: Config, data: Data, folders: dict[str, Path]) -> tuple[dict
         )
         predictions["predictions_16bit.parquet"] = (data.split.test, sixteen_bit)
 
-    results = analyse(data.split, test, validation, config.seed, sixteen_bit)
+    results = analyse(data.split, test, validation, config.seed, scored, sixteen_bit)
     if failed.is_file():
         results["verdict"] = failed_verdict(read_json(failed))
     else:
@@ -269,8 +283,13 @@ def training_curves(folder: Path) -> list[dict[str, float]]:
     return [{key: row[key] for key in keys if key in row} for row in rows]
 
 
-def write(config: Config, results: dict[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Scores, results, report and figures, under their final names all at once or not at all."""
+def write(
+    config: Config,
+    results: dict[str, Any],
+    predictions: Mapping[str, Any],
+    controls: Mapping[str, list[Comparison]],
+) -> None:
+    """Scores, control sets, results, report and figures, under their final names all at once or not at all."""
     from quantpref import figures, report
     from quantpref.metrics import write_predictions
     from quantpref.runs import write_text
@@ -278,6 +297,8 @@ def write(config: Config, results: dict[str, Any], predictions: Mapping[str, Any
     with atomic_folder(config.evaluation_folder) as folder:
         for name, (comparisons, scores) in predictions.items():
             write_predictions(folder / name, comparisons, scores)
+        for name, comparisons in controls.items():
+            save(folder / f"{name}.jsonl", comparisons)
         drawn = figures.draw(results)
         figures.save(drawn, folder / "figures")
         write_text(folder / "report.md", report.markdown(results))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
 def main(config: Config, as_json: bool) -> None:
     results = []
     found: dict[str, Any] = {}  # what earlier checks hand to later ones: the data, the base
-    checks = (python, packages, device, data, power, hub, base, lengths, memory, disk, four_bit, dpo_steps)
+    checks = (python, packages, device, data, leakage, power, hub, base, lengths, memory, disk, four_bit, dpo_steps)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         for check in checks:
             for result in run(check, config, found):
@@ -59,7 +59,8 @@ def run(check: Callable[..., Iterator[Check]], config: Config, found: dict[str, 
 def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     from quantpref.experiment import load_data
 
-    found["data"] = loaded = load_data(config)
+    # The leakage check below judges what these two refuse, and shows the rest too.
+    found["data"] = loaded = load_data(replace(config, strict=False, max_shortcut=None))
     split, share = loaded.split, loaded.manifest["labels_a"] / loaded.manifest["comparisons"]
     yield Check(
         "ok",
@@ -82,6 +83,39 @@ def data(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     example = f" (lines {' and '.join(map(str, sorted(twice[0])[:2]))})" if twice else ""
     todo = "remove the repetitions: each counts as often as it stands there"
     yield judged(not twice, "duplicates", text + example, todo, "warn")
+
+
+def leakage(config: Config, found: dict[str, Any]) -> Iterator[Check]:
+    """Leaks between the parts and within the rows, and what rules score that do not look at the history."""
+    if "data" not in found:
+        return
+    from quantpref.leakage import SHORTCUTS, leakage_report, refuse
+
+    report = leakage_report(found["data"].split, config.split_seed)
+    for leak in report["leaks"]:
+        text, todo = f"{leak['leak']}: {leak['count']}, such as {leak['example']}", "remove these rows"
+        yield Check("fail" if config.strict else "warn", "leakage", text, todo)
+    if not report["leaks"]:
+        yield Check("ok", "leakage", "no user, comparison or flipped copy in two parts, no later rating in a history")
+    twins, later = report["duplicate_titles"], report["comparisons_with_a_film_of_a_later_year"]
+    cold = report["test_comparisons_preferred_film_cold"]
+    yield Check(
+        "ok",
+        "films",
+        f"{twins['films']} under several spellings {'; '.join(twins['examples'])}".rstrip()
+        + f", {later} comparisons with a film of a later year, {cold} test comparisons prefer a film not in training",
+    )
+    rules = {name: report["baselines"][name] for name in SHORTCUTS if name in report["baselines"]}
+    text = ", ".join(
+        f"{name.replace('_', ' ')} {row['accuracy']:.1%} ({100 * row['accuracy_ci95'][0]:.1f}-"
+        f"{100 * row['accuracy_ci95'][1]:.1f})"
+        for name, row in rules.items()
+    )
+    try:
+        refuse({**report, "leaks": []}, config.data, config.max_shortcut, config.strict)
+        yield Check("ok", "shortcuts", text)
+    except UserError as error:
+        yield Check("fail", "shortcuts", text, str(error))
 
 
 def power(config: Config, found: dict[str, Any]) -> Iterator[Check]:

@@ -80,7 +80,7 @@ def _check(config: Config, data: Data, runs: list[dict[str, Any]]) -> None:
             )
         if run["base"]["fingerprint"] != runs[0]["base"]["fingerprint"]:
             raise UserError(f"{folder}: has another base than {config.runs[0]}")
-        apart = {"seed", "output_dir", "show", "report_to", "sft_adapter", "backend"}
+        apart = {"seed", "output_dir", "show", "report_to", "sft_adapter", "backend", "max_shortcut", "strict"}
         changed = [k for k, v in run["config"].items() if k not in apart and runs[0]["config"].get(k) != v]
         if changed:
             raise UserError(f"{folder}: differs from {config.runs[0]} in {', '.join(changed)}, not in the seed alone")

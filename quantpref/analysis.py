@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from quantpref import power
 from quantpref import statistics as st
-from quantpref.baselines import baseline_margins
-from quantpref.comparisons import Split
+from quantpref.baselines import Margins, baseline_margins
+from quantpref.comparisons import Comparison, Split, fingerprint
 from quantpref.metrics import arm_metrics, baseline_metrics, secondary_tests
 from quantpref.scoring import Scores
 from quantpref.sections import name_of
@@ -18,34 +18,71 @@ from quantpref.verdict import TRUE_GAINS_PP, VerdictInputs, decide, failed_train
 
 Rights = Mapping[str, NDArray[np.float64]]  # per arm (seeds, n): 1 right, 0.5 a tie, 0 wrong
 
+ControlSet = tuple[Sequence[Comparison], Mapping[str, Scores]]
+
 
 def analyse(
     split: Split,
     test: Mapping[str, Scores],
     validation: Mapping[str, Scores],
     seed: int,
+    controls: Mapping[str, ControlSet],
     sixteen_bit: Mapping[str, Scores] | None = None,
 ) -> dict[str, Any]:
     """The parts of results.json that follow from one run's scores, but for the verdict.
 
+    `controls`: the control sets and the scores on them, by name.
     `sixteen_bit`: the same arms' test scores on the base in 16 bits, where that was asked for.
     """
     users = [c.cluster for c in split.test]
+    margins = baseline_margins(split.train, split.test)
     arms = {arm: arm_metrics(scores, validation[arm]) for arm, scores in test.items()}
     results: dict[str, Any] = {
         "arms": arms,
-        "baselines": {
-            name: baseline_metrics(margins) for name, margins in baseline_margins(split.train, split.test).items()
-        },
+        "baselines": {name: baseline_metrics(found) for name, found in margins.items()},
+        "controls": {name: control_results(split, test, margins, control, seed) for name, control in controls.items()},
     }
     if "dpo" in test:
-        results["secondary_tests"] = secondary_tests(test, arms, users, seed)
+        results["secondary_tests"] = secondary_tests(
+            test, arms, users, seed, {name: ([c.cluster for c in rows], s) for name, (rows, s) in controls.items()}
+        )
         results["against_sft"] = against_sft(test, users, seed)
         results["slices"] = slices(split.train, split.test, test, seed)
         results["disagreements"] = disagreements(split.test, test)
     if sixteen_bit is not None:
         results["quantisation"] = quantisation_loss(test, sixteen_bit, users, seed)
     return results
+
+
+def control_results(
+    split: Split, test: Mapping[str, Scores], margins: Mapping[str, Margins], control: ControlSet, seed: int
+) -> dict[str, Any]:
+    """Accuracy of every arm and baseline on one control set, and on the same comparisons of the main test.
+
+    `main_less_control_pp`: what is lost when the set takes something away, with an interval clustered by user.
+    """
+    rows, scores = control
+    users = [c.cluster for c in rows]
+    place = {c.line: i for i, c in enumerate(split.test)}
+    same = np.array([place[c.line] for c in rows])
+    pairs = {name: (margins[name], found) for name, found in baseline_margins(split.train, rows).items()}
+    pairs |= {arm: (test[arm].margins, found.margins) for arm, found in scores.items()}
+    found = {}
+    for name, (main, on_control) in pairs.items():
+        right, lost = st.correctness(on_control), st.correctness(main[same]) - st.correctness(on_control)
+        low, high = st.paired_bootstrap(lost, users, seed)
+        found[name] = {
+            **baseline_metrics(on_control),
+            "main_accuracy": float((right + lost).mean()),
+            "main_less_control_pp": float(100 * lost.mean()),
+            "ci95_pp": [100 * low, 100 * high],
+        }
+    return {
+        "n": len(rows),
+        "sha256": fingerprint(rows),
+        "arms": {arm: found[arm] for arm in scores},
+        "baselines": {name: row for name, row in found.items() if name not in scores},
+    }
 
 
 def against_sft(test: Mapping[str, Scores], users: Sequence[str], seed: int) -> dict[str, Any]:

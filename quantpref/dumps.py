@@ -146,7 +146,7 @@ def _scan(path: Path, layout: Layout) -> pl.DataFrame:
     )
     whole = pl.all_horizontal(pl.col(*between, "rest").is_null()).alias("whole")
     try:
-        return scan.select(*TYPES, whole).collect()
+        return scan.select(*TYPES, whole).collect(engine="streaming")
     except pl.exceptions.PolarsError:
         return pl.DataFrame(schema=TYPES | {"whole": pl.Boolean})
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from quantpref.comparisons import Comparison, Split, load, split_by_user
+from quantpref.comparisons import Comparison, Split, load
 from quantpref.runs import MANIFEST, UserError, damage, read_json, sha256, versions
+from quantpref.splits import split_comparisons
 
 FAILED = "failed.json"  # in an adapter's folder, in place of the adapter: training met a number that is not finite
 
@@ -14,7 +15,7 @@ FAILED = "failed.json"  # in an adapter's folder, in place of the adapter: train
 # sft-more read.
 NOT_TRAINED_ON = {
     "show", "report_to", "output_dir", "test_data", "sft_more", "dpo_from_base", "retrain_sft", "save_steps", "adapter",
-    "precision", "base_model_16bit", "runs", "fresh", "per_device_train_batch_size",
+    "precision", "base_model_16bit", "runs", "fresh", "per_device_train_batch_size", "max_shortcut", "strict",
 }  # fmt: skip
 DPO_ONLY = {"beta", "learning_rate", "num_train_epochs", "sft_adapter"}
 NO_BETA = {"beta"}  # sft-more shares DPO's schedule, not its loss
@@ -33,11 +34,23 @@ def load_data(config: Config) -> Data:
     """Read and split the data; refuse a test file that shares users or rows with training.
 
     Raises:
-        UserError: anything wrong in a file, or an overlap, with the first line that overlaps.
+        UserError: anything wrong in a file, or an overlap, with the first line that overlaps; what --strict and
+            --max-shortcut refuse.
     """
+    data = _load_data(config)
+    if config.strict or config.max_shortcut is not None:
+        from quantpref.leakage import leakage_report, refuse
+
+        refuse(leakage_report(data.split, config.split_seed), config.data, config.max_shortcut, config.strict)
+    return data
+
+
+def _load_data(config: Config) -> Data:
     comparisons = load(config.data)
     try:
-        split = split_by_user(comparisons, config.train_fraction, config.validation_fraction, config.split_seed)
+        split = split_comparisons(
+            comparisons, config.split, config.train_fraction, config.validation_fraction, config.split_seed
+        )
     except UserError as error:
         raise UserError(f"{config.data}: {error}") from None
     manifest: dict[str, Any] = {
@@ -52,6 +65,8 @@ def load_data(config: Config) -> Data:
         return Data(split, manifest, config.data)
     test = load(config.test_data)
     _refuse_overlap(config.test_data, test, split)
+    if config.split == "time":
+        _refuse_earlier(config.test_data, test, split)
     return Data(Split(split.train, split.validation, test), manifest, config.test_data)
 
 
@@ -66,6 +81,16 @@ def _refuse_overlap(path: Path, test: list[Comparison], split: Split) -> None:
                     f"{path}, line {c.line}: this {shared} is in the training data too (line {line} there); remove"
                     " it, and test on other people's rows"
                 )
+
+
+def _refuse_earlier(path: Path, test: list[Comparison], split: Split) -> None:
+    end = max(c.time or 0 for c in (*split.train, *split.validation))
+    for c in test:
+        if c.time is None or c.time <= end:
+            raise UserError(
+                f"{path}, line {c.line}: its time is {c.time}, and training and validation end at {end}; with --split"
+                " time test on what came later"
+            )
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from quantpref.sections import arm_order, name_of
+from quantpref.sections import CONTROLS, arm_order, control_of, control_rows, name_of
 
 # Okabe & Ito (2008), safe for colour-blind readers; the grey is ours. An arm has its colour everywhere.
 COLOURS = {
@@ -50,6 +50,7 @@ def draw(results: dict[str, Any]) -> dict[str, Figure]:
     """Every figure whose numbers results.json holds, by name, in the report's order."""
     makers = {
         "accuracy": _accuracy,
+        "controls": _controls,
         "training": _training,
         "confidence": _confidence,
         "reliability": _reliability,
@@ -137,6 +138,36 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     _name_rows(ax, [_label(name) for name, _ in rows])
     ax.set_xlabel("Accuracy on the test comparisons (%), 95 % interval")
     return figure
+
+
+def _controls(results: dict[str, Any]) -> Figure | None:
+    """Accuracy on the main test and on each control set, of popularity and of every arm."""
+    controls = results.get("controls")
+    if not controls:
+        return None
+    who, palette = control_rows(results), colours(results)
+    main = results["baselines"] | results["arms"]
+    figure, ax = _figure(1.2 + 0.3 * len(who))
+    for y, name in enumerate(who):
+        colour = palette.get(name, INK) if name in results["arms"] else INK
+        at = [100 * main[name]["accuracy"], *(100 * control_of(results, c, name)["accuracy"] for c in controls)]
+        ax.plot([min(at), max(at)], [y, y], color=colour, lw=1.2, alpha=0.5, zorder=1)
+        for share, (marker, filled) in zip(at, _control_markers(controls).values(), strict=True):
+            ax.plot(share, y, marker, color=colour, mfc=colour if filled else PAPER, ms=6)
+    for label, (marker, filled) in _control_markers(controls).items():
+        ax.plot([], [], marker, color=INK, mfc=INK if filled else PAPER, ms=6, label=label)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3, columnspacing=1)
+    ax.axvline(50, color=INK, lw=0.8, ls=":")
+    _name_rows(ax, [_label(name) for name in who])
+    ax.set_xlabel("Accuracy (%)")
+    return figure
+
+
+def _control_markers(controls: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Marker, and whether it is filled, by what the legend calls it."""
+    return {"Main test": ("o", True)} | {
+        CONTROLS[name]: marker for name, marker in zip(controls, (("D", False), ("o", False)), strict=False)
+    }
 
 
 def _training(results: dict[str, Any]) -> Figure | None:

@@ -81,9 +81,15 @@ def probability(margins: Floats) -> Floats:
 
 
 def secondary_tests(
-    arms: Mapping[str, Scores], metrics: Mapping[str, dict[str, Any]], users: Sequence[str], seed: int
+    arms: Mapping[str, Scores],
+    metrics: Mapping[str, dict[str, Any]],
+    users: Sequence[str],
+    seed: int,
+    controls: Mapping[str, tuple[Sequence[str], Mapping[str, Scores]]],
 ) -> list[dict[str, Any]]:
-    """DPO against SFT in other respects than accuracy, and against sft-more, under one Holm correction.
+    """DPO against SFT in other respects, against sft-more, and on each control set, under one Holm correction.
+
+    controls: by name the users of a control set's comparisons, and the scores on it.
 
     Each is the mean over comparisons of DPO's value less the other arm's, tested by the user-level
     sign-flip permutation.
@@ -100,12 +106,17 @@ def secondary_tests(
     if "sft-more" in arms:
         better = st.correctness(arms["dpo"].margins) - st.correctness(arms["sft-more"].margins)
         differences["accuracy_against_sft_more"] = better
+    of_users = dict.fromkeys(differences, users)
+    for name, (control_users, scores) in controls.items():
+        test = f"accuracy_on_{name}"
+        differences[test] = st.correctness(scores["dpo"].margins) - st.correctness(scores["sft"].margins)
+        of_users[test] = control_users
     tests: list[dict[str, Any]] = [
-        {"test": name, "difference": float(d.mean()), "p_value": st.sign_flip_p(d, users, seed)}
+        {"test": name, "difference": float(d.mean()), "p_value": st.sign_flip_p(d, of_users[name], seed)}
         for name, d in differences.items()
     ]
-    for test, adjusted in zip(tests, st.holm([t["p_value"] for t in tests]), strict=True):
-        test["p_holm"] = float(adjusted)
+    for row, adjusted in zip(tests, st.holm([t["p_value"] for t in tests]), strict=True):
+        row["p_holm"] = float(adjusted)
     return tests
 
 

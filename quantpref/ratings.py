@@ -1,189 +1,244 @@
-"""Rating dumps -> comparisons: five films of a user, the next that they liked, and another film.
+"""Rating dumps -> comparisons: five films of a user, a later one that they liked, and another film.
 
-A row of a table stands for one rating, later for one comparison; only the last step makes objects.
-Every table is sorted by its own content before anything is drawn, so that the order of the input's
-lines never matters.
+Whole columns at a time; only the last step makes objects. Everything is sorted by its own content before anything is
+drawn, so that the order of the input's lines never matters.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from quantpref.comparisons import Comparison, Movie
 from quantpref.dumps import read_ratings
+from quantpref.negatives import NONE, Drawn, Negatives, Rows, draw
 from quantpref.runs import UserError
+from quantpref.timeline import LIKED, Ints, Timeline, build_timeline
 from quantpref.titles import Catalogue, read_movies
 
 HISTORY_FILMS = 5
 LIKED_SHARE = 0.8  # of the scale's maximum: 4 of 5, 8 of 10
-_HISTORY = [f"history_{k}" for k in range(1, HISTORY_FILMS + 1)]  # oldest first
+LOW_SHARE = 0.5  # 2.5 of 5, 5 of 10
 
 Counts = dict[str, int | float]  # in the order in which they arise
+Margins = dict[str, NDArray[np.float64]]
 
 
-def build(
-    ratings: Path,
-    movies: Path,
-    *,
-    seed: int,
-    comparisons_per_user: int = 1,
-    like_threshold: float | None = None,
-    limit: int | None = None,
-) -> tuple[list[Comparison], Counts]:
+@dataclass(frozen=True)
+class Options:
+    """How comparisons are made of ratings; see data/build_contrastive.py for the flags of these names."""
+
+    seed: int
+    negatives: Negatives = "random"
+    comparisons_per_user: int = 1
+    like_threshold: float | None = None
+    dislike_threshold: float | None = None
+    limit: int | None = None
+
+    def check(self) -> None:
+        for name, least in (
+            ("seed", 0), ("comparisons_per_user", 1), ("limit", 1), ("like_threshold", 0), ("dislike_threshold", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+
+
+@dataclass(frozen=True)
+class Built:
+    """The comparisons, by user id, then time; what was read, kept, and dropped and why; what shortcuts see.
+
+    matched: the same comparisons with another film of like popularity, in the same order; None where the other film
+        was chosen by popularity anyway.
+    shortcuts: by name the margins (n,) of rules that count all ratings and not the training rows alone.
+    """
+
+    comparisons: list[Comparison]
+    shortcuts: Margins
+    matched: list[Comparison] | None
+    matched_shortcuts: Margins | None
+    counts: Counts
+
+
+def build(ratings: Path, movies: Path, options: Options) -> Built:
     """Make comparisons from a MovieLens or MovieTweetings dump; the content tells the format.
 
     Args:
         ratings: `ratings.dat` or `ratings.csv`.
         movies: `movies.dat` or `movies.csv`.
-        seed: of the other films, the labels and the choice by `limit`.
-        comparisons_per_user: at most so many, each with another preferred film.
-        like_threshold: the lowest rating that counts as liked; default 80 % of the scale's maximum.
-        limit: at most so many comparisons in all, drawn at random; default all.
-
-    Returns:
-        The comparisons, by user id, then time; and what was read, kept, and dropped and why.
 
     Raises:
         UserError: file, line, what was found and what to do; or that no comparison can be made.
     """
-    _check_options(seed, comparisons_per_user, like_threshold, limit)
-    other_rng, limit_rng, label_rng = (np.random.default_rng([seed, part]) for part in range(3))
+    options.check()
+    luck_rng, limit_rng, label_rng, matched_rng, other_rng = (
+        np.random.default_rng([options.seed, part]) for part in range(5)
+    )
     catalogue = read_movies(movies)
-    rated = read_ratings(ratings, catalogue.stands_for, any_scale=like_threshold is not None)
-    liked_from = LIKED_SHARE * rated.scale if like_threshold is None else like_threshold
-    counts: Counts = {
-        "files_in_csv": catalogue.layout.header_lines + rated.layout.header_lines,
+    timeline, counts = _read(ratings, catalogue, options)
+    rows = preferred_films(timeline, options.comparisons_per_user, counts, luck_rng)
+    kept = _sample(len(rows), options.limit, limit_rng)
+    counts["comparisons_dropped_over_limit"] = len(rows) - len(kept)
+    rows, drawn = _with_other_film(timeline, rows.take(kept), options.negatives, counts, other_rng)
+    matched = None
+    if options.negatives != "popularity":
+        # Drawn for the rows that stay, or the sides of its gaps would be balanced for others.
+        matched = draw(timeline, rows, "popularity", matched_rng)
+        there = matched.other != NONE
+        rows, drawn, matched = rows.take(there), drawn.take(there), matched.take(there)
+        counts["comparisons_dropped_no_other_film"] += int((~there).sum())
+    if not len(rows):
+        raise UserError(
+            f"{ratings}: no comparison can be made: of {counts['users_read']} users, none liked a film"
+            f" ({counts['liked_from_rating']:g} or more) after {HISTORY_FILMS} others while there was a film left to"
+            f" offer (--negatives {options.negatives}); bring more ratings or lower --like-threshold"
+        )
+    counts["comparisons_kept"] = len(rows)
+    counts["users_kept"] = len(np.unique(rows.user))
+    counts["comparisons_kept_preferred_film_cold"] = int((drawn.past_preferred == 0).sum())
+    finish = _Finish(timeline, catalogue, rows, _preferred_first(len(rows), label_rng))
+    return Built(
+        comparisons=finish.comparisons(drawn.other),
+        shortcuts=finish.shortcuts(drawn, own=options.negatives == "disliked"),
+        matched=None if matched is None else finish.comparisons(matched.other),
+        matched_shortcuts=None if matched is None else finish.shortcuts(matched, own=False),
+        counts=counts,
+    )
+
+
+def _with_other_film(
+    timeline: Timeline, rows: Rows, kind: Negatives, counts: Counts, rng: np.random.Generator
+) -> tuple[Rows, Drawn]:
+    """The rows for which there is another film, each history and options once."""
+    drawn = draw(timeline, rows, kind, rng)
+    there = drawn.other != NONE
+    counts["comparisons_dropped_no_other_film"] = int((~there).sum())
+    rows, drawn = rows.take(there), drawn.take(there)
+    single = _first_of_its_kind(rows, drawn)
+    counts["comparisons_dropped_same_as_another_users"] = int((~single).sum())
+    return rows.take(single), drawn.take(single)
+
+
+def _read(ratings: Path, catalogue: Catalogue, options: Options) -> tuple[Timeline, Counts]:
+    """The ratings of films that can be shown, ids of one title being one film by now."""
+    rated = read_ratings(ratings, catalogue.stands_for, any_scale=options.like_threshold is not None)
+    liked_from = LIKED_SHARE * rated.scale if options.like_threshold is None else options.like_threshold
+    disliked_to = LOW_SHARE * rated.scale if options.dislike_threshold is None else options.dislike_threshold
+    if disliked_to >= liked_from:
+        raise UserError(
+            f"a film would be both liked ({liked_from:g} or more) and disliked ({disliked_to:g} or less); lower"
+            " --dislike-threshold or raise --like-threshold"
+        )
+    table, scale, layout = rated.table, rated.scale, rated.layout
+    del rated  # two gigabytes at 32 million ratings
+    read, users_read = len(table), table["user"].n_unique()
+    shown = _shown(table["film"], catalogue)
+    table = table.with_columns(film=shown).drop_nulls("film") if shown.null_count() else table.with_columns(film=shown)
+    known = len(table)
+    timeline = build_timeline(table, liked_from, disliked_to)
+    return timeline, {
+        "files_in_csv": catalogue.layout.header_lines + layout.header_lines,
         "files_in_latin_1": int(catalogue.encoding == "latin-1"),
         **catalogue.counts,
-        "rating_scale_maximum": rated.scale,
+        "rating_scale_maximum": scale,
         "liked_from_rating": liked_from,
+        "disliked_to_rating": disliked_to,
+        "users_read": users_read,
+        "ratings_read": read,
+        "ratings_dropped_film_cannot_be_shown": read - known,
+        "ratings_dropped_same_user_and_film": known - len(timeline.film),
+        "ratings_kept": len(timeline.film),
     }
-    watched = watched_films(rated.table, catalogue, counts)
-    rows = preferred_films(watched, liked_from, comparisons_per_user, counts)
-    rows = rows.with_columns(other=never_rated(watched, rows, other_rng))
-    found = rows.drop_nulls("other")
-    kept = _sample(found, limit, limit_rng)
-    counts["comparisons_dropped_no_other_film"] = len(rows) - len(found)
-    counts["comparisons_dropped_over_limit"] = len(found) - len(kept)
-    counts["comparisons_kept"] = len(kept)
-    counts["users_kept"] = kept["user"].n_unique()
-    if kept.is_empty():
-        raise UserError(
-            f"{ratings}: no comparison can be made: of {counts['users_read']} users, none liked a"
-            f" film ({liked_from:g} or more) after {HISTORY_FILMS} others while there was a film"
-            " left to offer; bring more ratings or lower --like-threshold"
-        )
-    return _comparisons(kept, catalogue, label_rng), counts
 
 
-def _check_options(seed: int, comparisons_per_user: int, like_threshold: float | None, limit: int | None) -> None:
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("comparisons-per-user", comparisons_per_user, 1),
-        ("limit", limit, 1),
-        ("like-threshold", like_threshold, 0),
-    ):
-        if value is not None and not least <= value < float("inf"):
-            raise UserError(f"--{name} {value}: must be {least} or more")
+def _shown(films: pl.Series, catalogue: Catalogue) -> pl.Series:
+    """Each rating's film as it is shown; null where it cannot be."""
+    ids = np.array(sorted(catalogue.stands_for), np.int64)
+    stands_for = pl.Series([catalogue.stands_for[film] for film in ids.tolist()], dtype=pl.Int64)
+    return stands_for.gather(np.searchsorted(ids, films.to_numpy()))
 
 
-def watched_films(rated: pl.DataFrame, catalogue: Catalogue, counts: Counts) -> pl.DataFrame:
-    """Each user's films in the order of their ratings; `position` counts from 0 within a user.
+def preferred_films(timeline: Timeline, per_user: int, counts: Counts, rng: np.random.Generator) -> Rows:
+    """The first `per_user` films of each user that they liked after five others, with those five.
 
-    Ids of one title are one film by now. Ratings of one second are ordered by film id, and of a
-    film's ratings by one user the first counts (of one second: the lowest).
+    "After" by the clock: films rated in the second of the preferred one are neither before nor after it.
     """
-    ids = pl.DataFrame(
-        {"film": list(catalogue.stands_for), "shown": list(catalogue.stands_for.values())},
-        schema={"film": pl.Int64, "shown": pl.Int64},
+    user, n = timeline.user, len(timeline.film)
+    new = np.ones(n, np.bool_)
+    new[1:] = (user[1:] != user[:-1]) | (timeline.moment[1:] != timeline.moment[:-1])
+    same_second = np.maximum.accumulate(np.where(new, np.arange(n, dtype=np.uint32), np.uint32(0)))
+    enough = same_second - timeline.start[:-1].astype(np.uint32)[user] >= HISTORY_FILMS
+    liked = np.flatnonzero(enough & (timeline.grade == LIKED))
+    of = user[liked]
+    nth = np.arange(len(liked)) - np.searchsorted(of, of)
+    users_enough, users_liked = len(np.unique(user[enough])), len(np.unique(of))
+    counts["users_dropped_too_few_films"] = int(counts["users_read"]) - users_enough
+    counts["users_dropped_liked_none_later"] = users_enough - users_liked
+    chosen = liked[nth < per_user]
+    history = same_second[chosen][:, None].astype(np.int64) + np.arange(-HISTORY_FILMS, 0)
+    return Rows(
+        user=user[chosen].astype(np.int64),
+        film=timeline.film[chosen].astype(np.int64),
+        moment=timeline.moment[chosen].astype(np.int64),
+        history=timeline.film[history].astype(np.int64),
+        luck=rng.random(len(chosen)),
     )
-    shown = rated.join(ids, on="film", how="left").drop_nulls("shown").select("user", "time", "rating", film="shown")
-    watched = (
-        shown.sort("user", "film", "time", "rating")
-        .unique(["user", "film"], keep="first", maintain_order=True)
-        .sort("user", "time", "film")
-        .with_columns(position=pl.int_range(pl.len()).over("user"))
-    )
-    counts["users_read"] = rated["user"].n_unique()
-    counts["ratings_read"] = len(rated)
-    counts["ratings_dropped_film_cannot_be_shown"] = len(rated) - len(shown)
-    counts["ratings_dropped_same_user_and_film"] = len(shown) - len(watched)
-    counts["ratings_kept"] = len(watched)
-    return watched
 
 
-def preferred_films(watched: pl.DataFrame, liked_from: float, per_user: int, counts: Counts) -> pl.DataFrame:
-    """A row for each comparison: user, preferred `film`, its rating's `time`, its history."""
-    # From position 5 on, the five rows before are the same user's: they are sorted by user.
-    before = {name: pl.col("film").shift(HISTORY_FILMS - k) for k, name in enumerate(_HISTORY)}
-    candidates = watched.with_columns(**before).filter(pl.col("position") >= HISTORY_FILMS)
-    liked = candidates.filter(pl.col("rating") >= liked_from)
-    enough, some_liked = candidates["user"].n_unique(), liked["user"].n_unique()
-    counts["users_dropped_too_few_films"] = int(counts["users_read"]) - enough
-    counts["users_dropped_liked_none_later"] = enough - some_liked
-    return liked.filter(pl.int_range(pl.len()).over("user") < per_user)
+def _sample(n: int, limit: int | None, rng: np.random.Generator) -> Ints:
+    return np.arange(n) if limit is None or limit >= n else np.sort(rng.permutation(n)[:limit])
 
 
-def never_rated(watched: pl.DataFrame, rows: pl.DataFrame, rng: np.random.Generator) -> pl.Series:
-    """For each row a random film that its user never rated and somebody else had rated before.
-
-    Films are ranked by their first rating, so those rated before a row's time are the first `known`
-    ranks. Drawing among them without the user's own, of sorted ranks q_0 < q_1 < ..., is drawing
-    `pick` among the free ones and stepping over each own film with q_j - j <= pick: exact, and one
-    binary search a row instead of a set a user. Null where the user rated every known film.
-    """
-    films = (
-        watched.group_by("film").agg(first_time=pl.col("time").min()).sort("first_time", "film").with_row_index("rank")
-    )
-    own = watched.join(films.select("film", "rank"), on="film").sort("user", "rank")
-    users, start = np.unique(own["user"].to_numpy(), return_index=True)
-    user = np.searchsorted(users, own["user"].to_numpy())
-    rank = own["rank"].to_numpy().astype(np.int64)
-    nth = np.arange(len(own)) - start[user]
-    row_user = np.searchsorted(users, rows["user"].to_numpy())
-    first_times = films["first_time"].to_numpy()
-    known = np.searchsorted(first_times, rows["time"].to_numpy(), side="left")
-
-    def own_below(values: np.ndarray, bound: np.ndarray) -> np.ndarray:
-        """How many of each row's user's own films have a value below the row's bound."""
-        # One ascending array for all users: a user's values follow those of the users before.
-        base = len(films) + 1
-        ends = np.searchsorted(user * base + values, row_user * base + bound, side="left")
-        return ends - start[row_user]
-
-    free = known - own_below(rank, known)
-    pick = np.floor(rng.random(len(rows)) * free).astype(np.int64)
-    other = pick + own_below(rank - nth, pick + 1)
-    drawn = films["film"].to_numpy()[np.where(free > 0, other, 0)]
-    return pl.Series("other", drawn).set(pl.Series(free <= 0), None)
+def _first_of_its_kind(rows: Rows, drawn: Drawn) -> NDArray[np.bool_]:
+    """(n,) False where somebody before has the same history and options: it could be trained on and tested."""
+    options = np.sort(np.column_stack((rows.film, drawn.other)), axis=1)
+    _, first = np.unique(np.column_stack((rows.history, options)), axis=0, return_index=True)
+    single = np.zeros(len(rows), np.bool_)
+    single[first] = True
+    return single
 
 
-def _sample(rows: pl.DataFrame, limit: int | None, rng: np.random.Generator) -> pl.DataFrame:
-    if limit is None or limit >= len(rows):
-        return rows
-    return rows[np.sort(rng.permutation(len(rows))[:limit])]
+def _preferred_first(n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """The preferred film as A in half of the rows (one more or less if odd)."""
+    return (rng.permutation(n) + rng.integers(2)) % 2 == 0
 
 
-def _comparisons(rows: pl.DataFrame, catalogue: Catalogue, rng: np.random.Generator) -> list[Comparison]:
-    """Rows as comparisons, the preferred film as A in half of them (one more or less if odd)."""
-    preferred_first = (rng.permutation(len(rows)) + rng.integers(2)) % 2 == 0
-    movies = catalogue.movies
-    # The text shows no genres in a history, so a loaded file has none there either.
-    plain = {film: Movie(movie.title, movie.year) for film, movie in movies.items()}
-    comparisons = []
-    columns = rows.select("user", "time", "film", "other", *_HISTORY)
-    for first, row in zip(preferred_first.tolist(), columns.iter_rows(), strict=True):
-        user, time, film, other, *history = row
-        options = (movies[film], movies[other]) if first else (movies[other], movies[film])
-        comparisons.append(
-            Comparison(
-                history=tuple(plain[film] for film in history),
-                option_a=options[0],
-                option_b=options[1],
-                label="A" if first else "B",
-                user=str(user),
-                time=time,
-            )
-        )
-    return comparisons
+@dataclass(frozen=True)
+class _Finish:
+    """What two sets of comparisons that differ in the other film share."""
+
+    timeline: Timeline
+    catalogue: Catalogue
+    rows: Rows
+    preferred_first: NDArray[np.bool_]
+
+    def comparisons(self, other: Ints) -> list[Comparison]:
+        movies = [self.catalogue.movies[film] for film in self.timeline.films.tolist()]
+        # The text shows no genres in a history, so a loaded file has none there either.
+        plain = [replace(movie, genres=()) for movie in movies]
+        columns = (
+            self.preferred_first, self.timeline.users[self.rows.user], self.timeline.seconds[self.rows.moment],
+            self.rows.film, other, self.rows.history,
+        )  # fmt: skip
+        made = []
+        for line, row in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1):
+            first, user, time, film, another, history = row
+            options: tuple[Movie, Movie] = (movies[film], movies[another])
+            a, b = options if first else options[::-1]
+            label = "A" if first else "B"
+            films = tuple(plain[seen] for seen in history)
+            made.append(Comparison(films, a, b, label, user=str(user), time=time, line=line))  # type: ignore[arg-type]
+        return made
+
+    def shortcuts(self, drawn: Drawn, own: bool) -> Margins:
+        """Past: counted before the comparison's time. All-time: every rating there will be. Others' ratings alone.
+
+        own: whether the other film was rated by the comparison's user too, as the preferred one was.
+        """
+        total = np.bincount(self.timeline.film, minlength=len(self.timeline.films))
+        return {
+            "past_popularity": (drawn.past_preferred - drawn.past_other).astype(float),
+            "all_time_popularity": (total[self.rows.film] - 1 - (total[drawn.other] - own)).astype(float),
+        }

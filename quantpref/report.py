@@ -18,7 +18,9 @@ REQUIRED = (
     "baselines.*.accuracy", "baselines.*.accuracy_ci95",
     "data.n_test", "data.users_test", "data.test_file", "data.sha256",
     "base.model", "base.fingerprint", "config.seed", "environment.device",
-    "training?.*.*.step", "training?.*.*.loss",
+    *(f"controls?.*.{kind}.*.{key}" for kind in ("arms", "baselines")
+      for key in ("accuracy", "main_accuracy", "main_less_control_pp", "ci95_pp")),
+    "controls?.*.n", "training?.*.*.step", "training?.*.*.loss",
     *(f"arms.*.reliability?.{kind}.{key}" for kind in ("raw", "calibrated") for key in ("confidence", "share_right")),
     "arms.*.confidence_histogram?.edges", "arms.*.confidence_histogram?.counts",
     *(f"slices?.*.*.{key}" for key in ("slice", "n", "sft", "dpo", "difference_pp")),

@@ -14,6 +14,8 @@ NAMES = {
     "popularity": "Popularity",
     "genre_overlap": "Genre overlap",
     "co_occurrence": "Co-occurrence",
+    "past_popularity": "Past popularity",
+    "all_time_popularity": "All-time popularity",
     "release_year": "Newer film",
     "logistic_regression": "Log. regression",
     "base": "Base, no adapter",
@@ -50,6 +52,14 @@ TESTS = {
     "brier_calibrated": "Brier after scaling, DPO − SFT",
     "flip_rate": "Flip rate, DPO − SFT",
     "accuracy_against_sft_more": "Accuracy, DPO − SFT trained on",
+    "accuracy_on_popularity-matched": "Accuracy, DPO − SFT, popularity-matched",
+    "accuracy_on_swapped-user": "Accuracy, DPO − SFT, another user's history",
+}
+CONTROLS = {"popularity-matched": "Popularity-matched", "swapped-user": "Another user's history"}
+CONTROL_MEANINGS = {
+    "popularity-matched": "Popularity-matched: the other film is one that as many people had rated by then.",
+    "swapped-user": "Another user's history: options as they were, the history from somebody else, of the same length "
+    "and about the same time.",
 }
 ADAPTER_FACTS = (
     "kind", "adapter_sha256", "lineage.started_from", "lineage.reference", "seed", "steps", "counts.pairs",
@@ -101,9 +111,9 @@ def number(value: Any) -> str:
 def sections(results: Mapping[str, Any]) -> list[Section]:
     """What follows the verdict and the table, in the report's order."""
     parts = (
-        _accuracies(), _training(results), _confidence(results), _reliability(results), _position(results),
-        _slices(results), _disagreements(results), _numbers(results), _secondary(results), _reasoning(results),
-        _against_sft(results), _quantisation(results), _runs(results), _provenance(results),
+        _accuracies(), _controls(results), _training(results), _confidence(results), _reliability(results),
+        _position(results), _slices(results), _disagreements(results), _numbers(results), _secondary(results),
+        _reasoning(results), _against_sft(results), _quantisation(results), _runs(results), _provenance(results),
     )  # fmt: skip
     return [part for part in parts if part]
 
@@ -111,6 +121,54 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
 def _accuracies() -> Section:
     note = "Share of the test comparisons that each one gets right, with its 95 % interval. The dotted line is a coin."
     return Section("Accuracy", [note], "accuracy")
+
+
+def control_rows(results: Mapping[str, Any]) -> list[str]:
+    """Who stands in the figure and table of the control sets: the popularity baseline, and every arm."""
+    scored = [found["arms"] | found["baselines"] for found in results["controls"].values()]
+    return [who for who in ("popularity", *arm_order(results)) if all(who in found for found in scored)]
+
+
+def control_of(results: Mapping[str, Any], name: str, who: str) -> Mapping[str, Any]:
+    """What an arm or a baseline scores on a control set."""
+    found = results["controls"][name]
+    return found["baselines" if who in found["baselines"] else "arms"][who]
+
+
+def _controls(results: Mapping[str, Any]) -> Section | None:
+    controls = results.get("controls")
+    if not controls:
+        return None
+    notes = [
+        "What is left when something is taken away, in percent of the same comparisons. "
+        + " ".join(CONTROL_MEANINGS[name] for name in controls)
+    ]
+    if "swapped-user" in controls:
+        notes += [_personalised(results, arm) for arm in ("sft", "dpo") if arm in controls["swapped-user"]["arms"]]
+    main = {who: (results["baselines"] | results["arms"])[who]["accuracy"] for who in control_rows(results)}
+    head = ["", "Main test"]
+    for name in controls:
+        head += [f"{CONTROLS[name]} (n = {controls[name]['n']:,})", "Main less that, points (95 %)"]
+    rows = []
+    for who, accuracy in main.items():
+        row = [name_of(who), _percent(accuracy)]
+        for name in controls:
+            found = control_of(results, name, who)
+            row += [_percent(found["accuracy"]), _gain({**found, "difference_pp": found["main_less_control_pp"]})]
+        rows.append(row)
+    return Section("What the model personalises", notes, "controls", [Table(head, rows)])
+
+
+def _personalised(results: Mapping[str, Any], arm: str) -> str:
+    """In one sentence, what an arm owes to the user's own history."""
+    found = control_of(results, "swapped-user", arm)
+    low, high = found["ci95_pp"]
+    reading = "it reads the history" if low > 0 else "it is not shown to read the history at all"
+    return (
+        f"{name_of(arm)} is right in {_percent(found['main_accuracy'])} with the user's own history and in "
+        f"{_percent(found['accuracy'])} with another's: {found['main_less_control_pp']:+.1f} points (95 % interval "
+        f"{low:+.1f} to {high:+.1f}) are what it personalises; {reading}."
+    )
 
 
 def _training(results: Mapping[str, Any]) -> Section | None:

@@ -37,6 +37,7 @@ def example_results(n: int = 1208, gain: bool = True) -> dict[str, Any]:
             {"test": "flip_rate", "difference": 0.025, "p_value": 0.6217, "p_holm": 0.6217},
             {"test": "accuracy_against_sft_more", "difference": 0.031, "p_value": 0.1216, "p_holm": 0.3648},
         ],
+        "controls": _controls(arms, baselines, n),
         "training": _training(rng),
         "slices": _slices(rng, n),
         "disagreements": [_disagreement(i, rng) for i in range(20)],
@@ -47,10 +48,39 @@ def example_results(n: int = 1208, gain: bool = True) -> dict[str, Any]:
     }
 
 
+def _controls(arms: dict[str, Any], baselines: dict[str, Any], n: int) -> dict[str, Any]:
+    """Popularity falls on the matched set, every arm on the one with other users' histories."""
+
+    def on(share: float, main: float) -> dict[str, Any]:
+        lost = 100 * (main - share)
+        return {
+            "accuracy": share,
+            "accuracy_ci95": list(st.wilson_interval(round(share * n), n)),
+            "main_accuracy": main,
+            "main_less_control_pp": lost,
+            "ci95_pp": [lost - 3.1, lost + 3.1],
+        }
+
+    return {
+        name: {
+            "n": n,
+            "sha256": "0" * 64,
+            "arms": {arm: on(0.5 + (row["accuracy"] - 0.5) * kept, row["accuracy"]) for arm, row in arms.items()},
+            "baselines": {
+                rule: on(popular if rule == "popularity" else row["accuracy"], row["accuracy"])
+                for rule, row in baselines.items()
+            },
+        }
+        for name, kept, popular in (("popularity-matched", 0.8, 0.5), ("swapped-user", 0.3, 0.571))
+    }
+
+
 def failed_results() -> dict[str, Any]:
     """DPO's training ended on a NaN: no arm, no numbers in the verdict."""
     results = example_results()
     del results["arms"]["dpo"]
+    for control in results["controls"].values():
+        del control["arms"]["dpo"]
     for key in ("slices", "disagreements", "reasoning_check"):
         del results[key]
     results["secondary_tests"] = []

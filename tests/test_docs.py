@@ -9,7 +9,7 @@ import tyro
 
 from config import PRESETS, ROOT, parse_config, parse_flags
 
-DOCUMENTS = ("README.md", "data/README.md", "models/tiny-llama/README.md", "benchmarks/RESULTS.md")
+DOCUMENTS = ("README.md", "data/README.md", "models/tiny-llama/README.md", "benchmarks/RESULTS.md", "docs/SCALING.md")
 SCRIPTS = ("verify_dpo_setup.py", "train_dpo.py", "evaluate_dpo.py")
 
 
@@ -50,6 +50,10 @@ def test_documented_commands_parse(document, script, flags):
         from models.pretrain import Pretraining
 
         assert parse_flags(Pretraining, argv).out
+    elif script == "benchmarks/build_scale.py":
+        from benchmarks.build_scale import arguments
+
+        assert arguments(argv).folder
     else:
         from benchmarks.llama3_shape import Shape
 

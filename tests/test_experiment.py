@@ -128,8 +128,8 @@ def test_errors_name_the_file_they_come_from(config, tmp_path, comparisons):
 # Adapters
 
 ALL_KINDS = {
-    "base_model", "base_revision", "train_fraction", "validation_fraction", "split_seed", "response", "max_length",
-    "effective_batch_size", "warmup_steps", "weight_decay", "seed",
+    "base_model", "base_revision", "train_fraction", "validation_fraction", "split", "split_seed", "response",
+    "max_length", "effective_batch_size", "warmup_steps", "weight_decay", "seed",
 }  # fmt: skip
 SCHEDULE, LORA, SFT = (
     {"learning_rate", "num_train_epochs"},

@@ -13,7 +13,8 @@ from PIL import Image
 from quantpref import figures
 from quantpref.sections import sections
 
-ALL = ["accuracy", "training", "confidence", "reliability", "position", "slices"]
+ALL = ["accuracy", "controls", "training", "confidence", "reliability", "position", "slices"]
+EVERY_RUN = ["accuracy", "controls", "confidence", "reliability", "position"]
 OKABE_ITO = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
 
 
@@ -47,10 +48,10 @@ def test_draws_every_figure_in_the_reports_order(results, drawn):
 
 def test_a_figure_without_numbers_is_left_out_like_its_section(results):
     empty = {**results, "training": {"sft": [], "dpo": []}, "slices": {"main genre": []}}
-    assert list(figures.draw(empty)) == ["accuracy", "confidence", "reliability", "position"]
-    assert [s.figure for s in sections(empty) if s.figure] == ["accuracy", "confidence", "reliability", "position"]
+    assert list(figures.draw(empty)) == EVERY_RUN
+    assert [s.figure for s in sections(empty) if s.figure] == EVERY_RUN
     less = copy.deepcopy(results)
-    del less["training"], less["slices"]
+    del less["controls"], less["training"], less["slices"]
     for arm in less["arms"].values():
         del arm["confidence_histogram"], arm["reliability"], arm["accuracy_preferred_first"]
     assert list(figures.draw(less)) == ["accuracy"] == [s.figure for s in sections(less) if s.figure]
@@ -65,7 +66,7 @@ def test_training_curves_of_one_run_alone(results, run, panels):
 
 
 def test_failed_training_still_draws_what_there_is():
-    assert list(figures.draw(failed_results())) == ["accuracy", "training", "confidence", "reliability", "position"]
+    assert list(figures.draw(failed_results())) == ALL[:-1]
 
 
 def test_png_is_200_dpi_and_pdf_embeds_its_fonts_without_a_date(saved: Path):

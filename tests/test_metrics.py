@@ -20,6 +20,7 @@ from quantpref.metrics import (
 )
 from quantpref.runs import UserError
 from quantpref.scoring import Scores
+from quantpref.statistics import correctness
 
 
 def made(n: int, seed: int, skill: float = 0.5, position_bias: float = 0.7) -> Scores:
@@ -193,11 +194,14 @@ def test_secondary_tests_are_dpo_less_sft():
     n, users = 300, [str(i) for i in range(300)]
     arms = {"sft": made(n, 3, 0.4), "dpo": made(n, 4, 1.2, 0.1), "sft-more": made(n, 5, 0.6)}
     numbers = {arm: arm_metrics(scores, VALIDATION) for arm, scores in arms.items()}
-    found = {test["test"]: test for test in secondary_tests(arms, numbers, users, 0)}
+    control = (users[:200], {"sft": made(200, 6, 0.1), "dpo": made(200, 7, 0.5)})
+    found = {test["test"]: test for test in secondary_tests(arms, numbers, users, 0, {"swapped-user": control})}
     for name in ("confidence", "brier_calibrated", "flip_rate"):
         assert found[name]["difference"] == pytest.approx(numbers["dpo"][name] - numbers["sft"][name]), name
     expected = numbers["dpo"]["accuracy"] - numbers["sft-more"]["accuracy"]
     assert found["accuracy_against_sft_more"]["difference"] == pytest.approx(expected)
+    gain = [correctness(control[1][arm].margins).mean() for arm in ("sft", "dpo")]
+    assert found["accuracy_on_swapped-user"]["difference"] == pytest.approx(gain[1] - gain[0])
     assert found["confidence"]["p_value"] < 0.001 and found["flip_rate"]["p_value"] < 0.001
     assert found["flip_rate"]["difference"] < 0 < found["confidence"]["difference"]
     # Holm by hand: the k-th smallest p times the number of tests left, never below the one before.
@@ -211,7 +215,7 @@ def test_secondary_tests_are_dpo_less_sft():
 def test_secondary_tests_of_one_arm_against_itself():
     arms = {"sft": TEST, "dpo": TEST}
     numbers = {arm: arm_metrics(TEST, VALIDATION) for arm in arms}
-    for test in secondary_tests(arms, numbers, [str(i) for i in range(N)], 0):
+    for test in secondary_tests(arms, numbers, [str(i) for i in range(N)], 0, {}):
         assert (test["difference"], test["p_value"], test["p_holm"]) == (0, 1, 1)
 
 

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from config import ROOT
 from quantpref.comparisons import counterbalance, flip, load, save, split_by_user
+from quantpref.controls import MATCHED, control_file
 from quantpref.runs import write_manifest
 from quantpref.simulate import simulate
 
@@ -45,10 +46,19 @@ def script(name, out, data, *more, status=0):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """240 simulated people, one comparison each."""
+    """240 simulated people, one comparison each, and a control set with other other films beside them."""
     path = tmp_path_factory.mktemp("data") / "with umlaut ä" / "small.jsonl"
-    save(path, simulate(240, seed=11).comparisons)
+    rows = simulate(240, seed=11).comparisons
+    save(path, rows)
+    save(control_file(path, MATCHED), [other_film(c, rows) for c in rows])
     return path
+
+
+def other_film(c, rows):
+    """The comparison with the first other film of the others that it does not show."""
+    shown = {m.title for m in (*c.history, c.option_a, c.option_b)}
+    film = next(r.other for r in rows if r.other.title not in shown)
+    return replace(c, **{"option_b" if c.label == "A" else "option_a": film})
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +190,62 @@ def test_results_follow_from_the_predictions(out, data):
     assert set(right["dpo"]) == test_lines
     assert results["baselines"]["always_a"]["accuracy"] == 0.5
     assert results["data"]["n_test"] == 48
+
+
+def test_control_sets_are_scored_and_follow_from_their_predictions(out, data):
+    """Plain loops again: accuracy on each set, on the same comparisons of the main test, and what is lost."""
+    results = results_of(out)
+    assert list(results["controls"]) == ["popularity-matched", "swapped-user"]
+
+    def right(name):
+        margins = defaultdict(float)
+        for row in pq.read_table(out / "evaluation" / f"predictions{name}.parquet").to_pylist():
+            sign = 1 if row["preferred"] == "A" else -1
+            margins[row["arm"], row["comparison"]] += sign * (row["logp_a"] - row["logp_b"])
+        return {key: margin > 0 for key, margin in margins.items()}
+
+    main, test = right(""), {c.line: c for c in split_by_user(load(data), 0.7, 0.1, 3407).test}
+    for name, control in results["controls"].items():
+        found = right(f"_{name}")
+        rows = load(out / "evaluation" / f"{name}.jsonl")
+        assert control["n"] == len(rows) == len(found) / 4 == 48
+        for arm, numbers in control["arms"].items():
+            share = sum(ok for (of, _), ok in found.items() if of == arm) / 48
+            lost = sum(main[key] - ok for key, ok in found.items() if key[0] == arm) / 48
+            assert numbers["accuracy"] == pytest.approx(share)
+            assert numbers["main_accuracy"] == pytest.approx(results["arms"][arm]["accuracy"])
+            assert numbers["main_less_control_pp"] == pytest.approx(100 * lost)
+            assert numbers["ci95_pp"][0] <= 100 * lost <= numbers["ci95_pp"][1]
+        for c, shown in zip(test.values(), rows, strict=True):
+            assert shown.preferred == c.preferred and shown.user == c.user
+            assert (shown.history == c.history) == (name == "popularity-matched")
+        [tested] = [t for t in results["secondary_tests"] if t["test"] == f"accuracy_on_{name}"]
+        gain = control["arms"]["dpo"]["accuracy"] - control["arms"]["sft"]["accuracy"]
+        assert tested["difference"] == pytest.approx(gain)
+    assert "What the model personalises" in (out / "evaluation" / "report.md").read_text(encoding="utf-8")
+
+
+def test_verify_names_what_it_finds_in_the_data(data, tmp_path):
+    """Counts and shortcuts always; under --strict a leak fails the check."""
+    rows = [replace(c, user=f"{c.line % 120}") for c in load(data)]
+    one, other = rows[0], rows[120]
+    film = one.history[0]
+    late = {"option_a" if other.label == "A" else "option_b": replace(film, genres=("Drama",)), "time": one.time + 1}
+    rows[120] = replace(other, **late, history=tuple(m for m in other.history if m.title != film.title))
+    leaking = tmp_path / "leaking.jsonl"
+    save(leaking, rows)
+    text = script("verify_dpo_setup.py", tmp_path, leaking)
+    assert f"! leakage        rating from after the comparison: 1, such as line 1, whose user rated {film}" in text
+    assert "always a 50.0%" in text and "films" in text
+    done = subprocess.run(
+        [sys.executable, ROOT / "verify_dpo_setup.py", "--preset", "tiny", "--data", leaking, "--strict",
+         "--output-dir", tmp_path],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "✗ leakage        rating from after the comparison" in done.stdout
+    assert done.stderr == "error: 1 check(s) failed; see the crosses above\n"
+    refused = script("train_dpo.py", tmp_path, leaking, "--strict", status=2)
+    assert "rating from after the comparison (1, such as line 1" in refused
 
 
 def test_the_same_command_again_is_one_line(out, data):

@@ -5,14 +5,18 @@ import random
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpref.comparisons import Comparison, load, save
-from quantpref.ratings import build
+from quantpref.negatives import BLOCK, KINDS, Negatives
+from quantpref.ratings import Counts, Options, build
 from quantpref.runs import UserError
+from quantpref.splits import SplitBy, split_comparisons
+from quantpref.statistics import correctness
 from quantpref.titles import natural_title, read_movies
 
 MOVIETWEETINGS = Path(__file__).resolve().parents[2] / "shared/data/movietweetings-100k"
@@ -39,9 +43,14 @@ def write_csv(folder: Path, rows=ROWS, films=FILMS) -> tuple[Path, Path]:
     return ratings, movies
 
 
+def make(ratings: Path, movies: Path, **options) -> tuple[list[Comparison], Counts]:
+    built = build(ratings, movies, Options(**options))
+    return built.comparisons, built.counts
+
+
 def error_of(ratings: Path, movies: Path, **options) -> str:
     with pytest.raises(UserError) as caught:
-        build(ratings, movies, seed=1, **options)
+        make(ratings, movies, seed=1, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -93,7 +102,7 @@ def test_movielens_1m_is_latin_1(tmp_path: Path):
     catalogue = read_movies(movies)
     assert catalogue.movies[10].title == "The City of Lost Children (Cité des enfants perdus, La)"
     assert (catalogue.movies[10].year, catalogue.movies[10].genres) == (1995, ("Sci-Fi",))
-    comparisons, counts = build(ratings, movies, seed=1)
+    comparisons, counts = make(ratings, movies, seed=1)
     assert len(comparisons) == counts["users_kept"] == 10
     assert (counts["files_in_latin_1"], counts["files_in_csv"]) == (1, 0)
     assert (counts["rating_scale_maximum"], counts["liked_from_rating"]) == (5, 4)
@@ -104,7 +113,7 @@ def test_movietweetings_is_utf_8_on_a_scale_of_ten(tmp_path: Path):
     rows = [(user, film, rating * 2, time) for user, film, rating, time in ROWS]
     ratings, movies = write_dat(tmp_path, rows, films)
     ratings.write_text(re.sub(r"::(\d)::", r"::000000\1::", ratings.read_text(), flags=re.M))
-    comparisons, counts = build(ratings, movies, seed=1)
+    comparisons, counts = make(ratings, movies, seed=1)
     assert len(comparisons) == 10
     assert all(c.preferred.title.startswith("Çà et là: ") for c in comparisons)
     assert (counts["rating_scale_maximum"], counts["liked_from_rating"]) == (10, 8)
@@ -114,30 +123,30 @@ def test_movietweetings_is_utf_8_on_a_scale_of_ten(tmp_path: Path):
 def test_csv_with_quoted_titles_equals_dat(tmp_path: Path):
     films = [(film, f'"Ça", she said, {film}, The ({1990 + film})', "Drama") for film in range(1, 10)]
     rows = [(user, film, 4.5, time) for user, film, _, time in ROWS]
-    from_csv, counts = build(*write_csv(tmp_path, rows, films), seed=1)
-    from_dat, _ = build(*write_dat(tmp_path, rows, films), seed=1)
+    from_csv, counts = make(*write_csv(tmp_path, rows, films), seed=1)
+    from_dat, _ = make(*write_dat(tmp_path, rows, films), seed=1)
     assert from_csv == from_dat
     assert counts["files_in_csv"] == 2
     assert from_csv[0].preferred.title.startswith('The "Ça", she said, ')
 
 
 def test_columns_in_another_order_bom_and_windows_lines(tmp_path: Path):
-    plain, _ = build(*write_csv(tmp_path), seed=1)
+    plain, _ = make(*write_csv(tmp_path), seed=1)
     lines = ["timestamp,movieId,tag,rating,userId"]
     lines += [f"{time},{film},x,{rating},{user}" for user, film, rating, time in ROWS]
     ratings = tmp_path / "other.csv"
     ratings.write_bytes(codecs.BOM_UTF8 + "\r\n".join([*lines, ""]).encode())
-    assert build(ratings, tmp_path / "movies.csv", seed=1)[0] == plain
+    assert make(ratings, tmp_path / "movies.csv", seed=1)[0] == plain
 
 
 def test_empty_lines_and_a_missing_last_newline_do_no_harm(tmp_path: Path):
     ratings, movies = write_dat(tmp_path)
-    plain, _ = build(ratings, movies, seed=1)
+    plain, _ = make(ratings, movies, seed=1)
     ratings.write_text(ratings.read_text().replace("\n", "\n\n", 1) + "\n")
     movies.write_text(movies.read_text().rstrip("\n"))
-    assert build(ratings, movies, seed=1)[0] == plain
+    assert make(ratings, movies, seed=1)[0] == plain
     ratings.write_text(ratings.read_text().rstrip("\n"))
-    assert build(ratings, movies, seed=1)[0] == plain
+    assert make(ratings, movies, seed=1)[0] == plain
 
 
 def test_films_without_year_or_genres_and_ambiguous_titles_are_counted(tmp_path: Path):
@@ -148,7 +157,7 @@ def test_films_without_year_or_genres_and_ambiguous_titles_are_counted(tmp_path:
         (8, "Babylon 5", "Sci-Fi"),
         (9, "Fears (1999), and Other Tales (2001)", "Horror"),
     ]
-    comparisons, counts = build(*write_csv(tmp_path, films=films), seed=1)
+    comparisons, counts = make(*write_csv(tmp_path, films=films), seed=1)
     assert counts["films_read"] == 9
     assert counts["films_dropped_without_year"] == 1
     assert counts["films_dropped_ambiguous_title"] == 1
@@ -162,7 +171,7 @@ def test_films_without_year_or_genres_and_ambiguous_titles_are_counted(tmp_path:
 def test_two_ids_of_one_title_are_one_film(tmp_path: Path):
     # Film 9 is film 1 again: whoever rated either cannot be offered the other.
     films = [*FILMS[:8], (9, "FILM 1 (1991)", "Drama")]
-    comparisons, counts = build(*write_dat(tmp_path, films=films), seed=1, comparisons_per_user=9)
+    comparisons, counts = make(*write_dat(tmp_path, films=films), seed=1, comparisons_per_user=9)
     assert counts["films_merged_same_title_and_year"] == 1
     both = sum({1, 9} <= {f for u, f, _, _ in ROWS if u == user} for user in range(10))
     assert counts["ratings_dropped_same_user_and_film"] == both > 0
@@ -172,16 +181,16 @@ def test_two_ids_of_one_title_are_one_film(tmp_path: Path):
         assert len({str(m) for m in (*c.history, c.option_a, c.option_b)}) == 7
 
 
-def test_the_first_of_two_ratings_counts_and_ties_go_by_film_id(tmp_path: Path):
-    # Film 6 was disliked first; 5, 4, 3, 2, 1 and 7 came in one second.
+def test_the_first_of_two_ratings_counts_and_one_second_is_one_moment(tmp_path: Path):
+    # Film 6 was disliked first; 5, 4, 3, 2, 1 and 7 came in one second, so none of them was before another.
     rows = [(1, film, 5, 100) for film in (5, 4, 3, 2, 1, 7)]
-    rows += [(1, 6, 1, 50), (1, 6, 5, 200), (2, 8, 5, 10)]
-    comparisons, counts = build(*write_dat(tmp_path, rows), seed=1)
+    rows += [(1, 6, 1, 50), (1, 6, 5, 200), (2, 8, 5, 10), (1, 9, 5, 300)]
+    comparisons, counts = make(*write_dat(tmp_path, rows), seed=1)
     assert counts["ratings_dropped_same_user_and_film"] == 1
-    assert [[str(m)[5:6] for m in c.history] for c in comparisons] == [["6", "1", "2", "3", "4"]]
-    assert str(comparisons[0].preferred) == "Film 5 (1995)"
+    assert [[str(m)[5:6] for m in c.history] for c in comparisons] == [["2", "3", "4", "5", "7"]]
+    assert str(comparisons[0].preferred) == "Film 9 (1999)"
     assert str(comparisons[0].other) == "Film 8 (1998)"
-    assert comparisons[0].time == 100
+    assert comparisons[0].time == 300
 
 
 def test_users_are_counted_by_the_reason_they_are_left_out(tmp_path: Path):
@@ -189,13 +198,13 @@ def test_users_are_counted_by_the_reason_they_are_left_out(tmp_path: Path):
     rows += [(2, film, 5 if film < 6 else 3, 10 + film) for film in range(1, 8)]  # liked none later
     rows += [(3, film, 4, 20 + film) for film in range(1, 7)]
     rows += [(4, film, 5, 30 + film) for film in range(1, 9)]  # rated all that others had by then
-    _, counts = build(*write_dat(tmp_path, rows), seed=1)
+    _, counts = make(*write_dat(tmp_path, rows), seed=1)
     assert counts["users_read"] == 4
     assert counts["users_dropped_too_few_films"] == 1
     assert counts["users_dropped_liked_none_later"] == 1
     assert counts["comparisons_dropped_no_other_film"] == 1
     assert counts["comparisons_kept"] == counts["users_kept"] == 1
-    _, counts = build(*write_dat(tmp_path, rows), seed=1, comparisons_per_user=4)
+    _, counts = make(*write_dat(tmp_path, rows), seed=1, comparisons_per_user=4)
     assert counts["comparisons_dropped_no_other_film"] == 3
     assert counts["comparisons_kept"] == 1
 
@@ -203,14 +212,14 @@ def test_users_are_counted_by_the_reason_they_are_left_out(tmp_path: Path):
 def test_the_threshold_can_be_chosen(tmp_path: Path):
     rows = [(user, film, 3, time) for user, film, _, time in ROWS]
     assert "none liked a film (4 or more)" in error_of(*write_dat(tmp_path, rows))
-    assert build(*write_dat(tmp_path, rows), seed=1, like_threshold=3)[1]["comparisons_kept"] == 10
+    assert make(*write_dat(tmp_path, rows), seed=1, like_threshold=3)[1]["comparisons_kept"] == 10
     rows[-1] = (*rows[-1][:2], 55, rows[-1][3])
-    assert build(*write_dat(tmp_path, rows), seed=1, like_threshold=3)[1]["comparisons_kept"] == 10
+    assert make(*write_dat(tmp_path, rows), seed=1, like_threshold=3)[1]["comparisons_kept"] == 10
 
 
 def test_the_window_moves_on(tmp_path: Path):
     rows: list[Row] = [(1, film, 5, 100 + film) for film in range(1, 9)] + [(2, 9, 5, 1)]
-    comparisons, _ = build(*write_dat(tmp_path, rows), seed=1, comparisons_per_user=2)
+    comparisons, _ = make(*write_dat(tmp_path, rows), seed=1, comparisons_per_user=2)
     assert [str(c.preferred) for c in comparisons] == ["Film 6 (1996)", "Film 7 (1997)"]
     assert [c.history[0].title for c in comparisons] == ["Film 1", "Film 2"]
     assert [len(c.history) for c in comparisons] == [5, 5]
@@ -218,11 +227,20 @@ def test_the_window_moves_on(tmp_path: Path):
     assert comparisons[0].preferred.genres == ("Drama", "Comedy")
 
 
+def test_two_users_with_one_history_and_options_are_one_comparison(tmp_path: Path):
+    """Else the split could put one of them into training and the other into the test."""
+    rows: list[Row] = [(user, film, 5, 100 * user + film) for user in (1, 2) for film in range(1, 7)] + [(3, 8, 5, 1)]
+    comparisons, counts = make(*write_dat(tmp_path, rows), seed=1, negatives="popularity")
+    assert [c.user for c in comparisons] == ["1"]  # both can only be offered film 8
+    assert counts["comparisons_dropped_same_as_another_users"] == 1
+
+
 def test_limit_keeps_that_many_with_half_of_the_labels(tmp_path: Path):
-    everything, _ = build(*write_dat(tmp_path), seed=1, comparisons_per_user=2)
-    some, counts = build(*write_dat(tmp_path), seed=1, comparisons_per_user=2, limit=6)
-    assert [c.label for c in some].count("A") == 3
-    assert counts["comparisons_dropped_over_limit"] == len(everything) - 6
+    paths = write_dat(tmp_path, ROWS[:63])  # the tenth user rated what the first did
+    everything, _ = make(*paths, seed=1)
+    some, counts = make(*paths, seed=1, limit=4)
+    assert [c.label for c in some].count("A") == 2
+    assert counts["comparisons_dropped_over_limit"] == len(everything) - 4
     assert {c.key for c in some} < {c.key for c in everything}
 
 
@@ -234,7 +252,7 @@ def test_the_other_film_is_drawn_uniformly(tmp_path: Path):
     paths = write_dat(tmp_path, rows, [*films, (11, "Film 11 (2001)", "Drama")])
     drawn: dict[str, int] = defaultdict(int)
     for seed in range(400):
-        drawn[build(*paths, seed=seed)[0][0].other.title] += 1
+        drawn[make(*paths, seed=seed)[0][0].other.title] += 1
     assert set(drawn) == {"Film 2", "Film 5", "Film 8", "Film 9"}
     # Chi-squared with 3 degrees of freedom: above 16.3 one time in a thousand.
     assert sum((n - 100) ** 2 / 100 for n in drawn.values()) < 16.3
@@ -250,28 +268,47 @@ dumps = st.lists(
 TWELVE = [(film, f"Film {film} ({1990 + film})", "Drama") for film in range(1, 13)]
 
 
-def check_protocol(comparisons: list[Comparison], rows: list[Row], liked_from: float) -> None:
+def check_protocol(comparisons: list[Comparison], rows: list[Row], kind: Negatives) -> None:
     """The protocol again, by plain loops over the rows."""
-    times: dict[int, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    first: dict[int, int] = {}
+    ratings: dict[int, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for user, film, rating, time in rows:
-        times[user][film].append((time, rating))
-        first[film] = min(time, first.get(film, time))
+        ratings[user][film].append((time, rating))
+    # Of a film's ratings by one user the first counts.
+    of = {user: {film: min(rated) for film, rated in films.items()} for user, films in ratings.items()}
 
     def film_of(movie) -> int:
         return int(movie.title.split()[1])
 
     for c in comparisons:
-        own = {film: min(rated) for film, rated in times[int(c.user or "")].items()}
-        order = sorted(own, key=lambda film: (own[film][0], film))
-        preferred, other = film_of(c.preferred), film_of(c.other)
-        place = order.index(preferred)
-        assert [film_of(movie) for movie in c.history] == order[place - 5 : place]
-        assert own[preferred][0] == c.time and own[preferred][1] >= liked_from
-        assert other not in own
-        assert first[other] < (c.time or 0)
+        user, time = int(c.user or ""), c.time or 0
+        own = of[user]
+        audience = {
+            film: {other for other in of if other != user and film in of[other] and of[other][film][0] < time}
+            for film in range(1, 13)
+        }
+        earlier = sorted((film for film in own if own[film][0] < time), key=lambda film: (own[film][0], film))
+        preferred, other, history = film_of(c.preferred), film_of(c.other), [film_of(m) for m in c.history]
+        assert history == earlier[-5:] and len(history) == 5
+        assert own[preferred] >= (time, 4) and own[preferred][0] == time
+        assert preferred not in history and other not in history and audience[other]
+        if kind == "disliked":
+            assert own[other][1] <= 2.5
+            continue
+        fit = [film for film in audience if film not in own and audience[film]]
+        assert other in fit
+        level = len(audience[preferred])
+        gap = len(audience[other]) - level
+        if kind == "popularity":  # nearest on its side
+            gaps = [len(audience[film]) - level for film in fit]
+            assert abs(gap) == min(abs(g) for g in gaps if g * gap >= 0 and (gap or g == 0))
+            assert gap == 0 or 0 not in gaps
+        if kind == "hard":
+            # Not more raters than RATERS, so nothing is sampled here.
+            overlap = {f: len(audience[f] & audience[preferred]) / len(audience[f] | audience[preferred]) for f in fit}
+            assert overlap[other] == max(overlap.values()) > 0
     preferred_films = [(c.user, c.preferred) for c in comparisons]
     assert len(set(preferred_films)) == len(preferred_films)
+    assert len({c.key for c in comparisons}) == len(comparisons)
     labels = [c.label for c in comparisons]
     assert abs(labels.count("A") - labels.count("B")) <= 1
     assert [(int(c.user or ""), c.time) for c in comparisons] == sorted(
@@ -279,31 +316,55 @@ def check_protocol(comparisons: list[Comparison], rows: list[Row], liked_from: f
     )
 
 
-@settings(max_examples=60, deadline=None)
-@given(rows=dumps, per_user=st.integers(1, 4), seed=st.integers(0, 9), shuffle=st.randoms())
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=dumps, per_user=st.integers(1, 4), seed=st.integers(0, 9), kind=st.sampled_from(KINDS), shuffle=st.randoms()
+)
 def test_every_comparison_follows_the_protocol(
-    tmp_path_factory, rows: list[Row], per_user: int, seed: int, shuffle: random.Random
+    tmp_path_factory, rows: list[Row], per_user: int, seed: int, kind: Negatives, shuffle: random.Random
 ):
     folder = tmp_path_factory.mktemp("dump")
-    options = {"seed": seed, "comparisons_per_user": per_user}
+    options = Options(seed=seed, comparisons_per_user=per_user, negatives=kind)
     try:
-        comparisons, counts = build(*write_dat(folder, rows, TWELVE), **options)
+        built = build(*write_dat(folder, rows, TWELVE), options)
     except UserError as error:
         assert "no comparison can be made" in str(error)
         return
-    check_protocol(comparisons, rows, 4)
-    assert counts["ratings_read"] == len(rows)
+    check_protocol(built.comparisons, rows, kind)
+    assert built.counts["ratings_read"] == len(rows)
+    assert (built.matched is None) == (kind == "popularity")
+    if built.matched is not None:
+        check_protocol(built.matched, rows, "popularity")
+        for c, m in zip(built.comparisons, built.matched, strict=True):
+            assert (c.user, c.history, c.preferred, c.label) == (m.user, m.history, m.preferred, m.label)
+    check_split(built.comparisons)
     # The same input and seed, whatever the order of its lines, make the same bytes.
     films = TWELVE.copy()
     shuffle.shuffle(films)
     shuffle.shuffle(rows)
-    again, _ = build(*write_dat(folder, rows, films), **options)
-    assert save(folder / "1.jsonl", comparisons) == save(folder / "2.jsonl", again)
+    again = build(*write_dat(folder, rows, films), options)
+    assert save(folder / "1.jsonl", built.comparisons) == save(folder / "2.jsonl", again.comparisons)
+    assert again.matched == built.matched and again.counts == built.counts
+
+
+def check_split(comparisons: list[Comparison]) -> None:
+    """Users are apart however the file is split, and with "time" so are the times."""
+    for by in get_args(SplitBy):
+        try:
+            split = split_comparisons(comparisons, by, 0.5, 0.2, 1)
+        except UserError as error:
+            assert "cannot be" in str(error)
+            continue
+        train, validation, test = ({c.user for c in part} for part in (split.train, split.validation, split.test))
+        assert not train & validation and not train & test and not validation & test
+        if by == "time":
+            times = [[c.time or 0 for c in part] for part in (split.train, split.validation, split.test)]
+            assert max(times[0]) < min(times[1]) and max(times[1]) < min(times[2])
 
 
 def test_another_seed_draws_other_films_and_labels(tmp_path: Path):
-    paths = write_dat(tmp_path)
-    first, second = (build(*paths, seed=seed, comparisons_per_user=2)[0] for seed in (1, 2))
+    paths = write_dat(tmp_path, ROWS[:63])
+    first, second = (make(*paths, seed=seed)[0] for seed in (1, 2))
     assert [c.preferred for c in first] == [c.preferred for c in second]
     assert [c.label for c in first] != [c.label for c in second]
     assert [c.other for c in first] != [c.other for c in second]
@@ -363,11 +424,11 @@ def test_ratings_cut_anywhere_in_their_last_line_are_refused(tmp_path: Path, wri
     whole = ratings.read_bytes()
     last = len(whole.rstrip(b"\n").split(b"\n")[-1])
     number = whole.count(b"\n")
-    expected, _ = build(ratings, movies, seed=1)
+    expected, _ = make(ratings, movies, seed=1)
     for size in range(len(whole) - last, len(whole) + 1):
         ratings.write_bytes(whole[:size])
         if size >= len(whole) - 1:
-            assert build(ratings, movies, seed=1)[0] == expected
+            assert make(ratings, movies, seed=1)[0] == expected
         elif size > len(whole) - last - 1 and whole[:size][-1:] != b"\n":
             message = error_of(ratings, movies)
             assert message.startswith(f"{ratings}, line {number}: ")
@@ -459,7 +520,7 @@ def test_exchanged_files_are_named(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"comparisons_per_user": 0}, {"limit": 0}, {"like_threshold": float("nan")}],
+    [{"comparisons_per_user": 0}, {"limit": 0}, {"like_threshold": float("nan")}, {"dislike_threshold": -1.0}],
 )
 def test_options_out_of_range_are_named(tmp_path: Path, options: dict):
     flag = "--" + next(iter(options)).replace("_", "-")
@@ -480,18 +541,40 @@ def test_any_damage_is_one_line_or_harmless(tmp_path_factory, which, write, plac
     start = int(place * len(data))
     paths[which].write_bytes(data[:start] + put + data[start + length :])
     try:
-        assert build(*paths, seed=1)[0]
+        assert make(*paths, seed=1)[0]
     except UserError as error:
         assert str(error).startswith(str(paths[0].parent)) and "\n" not in str(error)
+
+
+def test_a_film_cannot_be_liked_and_disliked(tmp_path: Path):
+    assert error_of(*write_dat(tmp_path), dislike_threshold=4.0).startswith("a film would be both liked (4 or more)")
 
 
 # --- real ratings ---
 
 
 @pytest.mark.skipif(not MOVIETWEETINGS.is_dir(), reason="MovieTweetings is not here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_movietweetings_gives_popularity_away_but_for_popularity_negatives(kind: Negatives):
+    paths = MOVIETWEETINGS / "ratings.dat", MOVIETWEETINGS / "movies.dat"
+    built = build(*paths, Options(seed=3407, negatives=kind, comparisons_per_user=5))
+    assert len(built.comparisons) > 2 * BLOCK  # several blocks of the sweep
+    for found in (built.shortcuts, built.matched_shortcuts):
+        if found is built.matched_shortcuts and kind == "popularity":
+            continue
+        for by in get_args(SplitBy):
+            test = split_comparisons(built.comparisons, by, 0.7, 0.1, 3407).test
+            past = correctness(found["past_popularity"])[[c.line - 1 for c in test]].mean()
+            if kind == "popularity" or found is built.matched_shortcuts:
+                assert 0.47 < past < 0.53
+            elif kind in ("random", "hard"):
+                assert past > 0.7
+
+
+@pytest.mark.skipif(not MOVIETWEETINGS.is_dir(), reason="MovieTweetings is not here")
 def test_movietweetings_as_a_whole(tmp_path: Path):
     paths = MOVIETWEETINGS / "ratings.dat", MOVIETWEETINGS / "movies.dat"
-    comparisons, counts = build(*paths, seed=3407, comparisons_per_user=5)
+    comparisons, counts = make(*paths, seed=3407, comparisons_per_user=5)
     assert (counts["ratings_read"], counts["users_read"]) == (103_328, 8_651)
     assert counts["users_read"] - counts["users_dropped_too_few_films"] == 2_568
     assert len(comparisons) == counts["comparisons_kept"] == 9_324

@@ -12,8 +12,8 @@ from quantpref.sections import sections
 from quantpref.verdict import NULL_WARNING
 
 HEADINGS = [
-    "Accuracy", "Training", "Confidence", "Reliability", "Position bias", "Slices", "Where SFT and DPO disagree most",
-    "Every number", "Secondary tests", "Reasoning check", "What was run",
+    "Accuracy", "What the model personalises", "Training", "Confidence", "Reliability", "Position bias", "Slices",
+    "Where SFT and DPO disagree most", "Every number", "Secondary tests", "Reasoning check", "What was run",
 ]  # fmt: skip
 VOID = {"meta", "img", "br", "hr", "link", "input", "wbr", "path", "use", "rect"}
 
@@ -89,7 +89,7 @@ def test_the_printed_table_keeps_its_form():
 
 def test_html_has_every_section_in_order_and_every_figure(page, images):
     assert page.headings == HEADINGS
-    assert sum(tag == "svg" for tag, _ in page.tags) == len(images) == 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == len(images) == 7
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
 
@@ -185,7 +185,7 @@ def test_failed_training_still_makes_a_report():
 
 def test_without_the_optional_keys_the_sections_go(results):
     less = copy.deepcopy(results)
-    for key in ("training", "slices", "disagreements", "reasoning_check", "secondary_tests", "adapters"):
+    for key in ("controls", "training", "slices", "disagreements", "reasoning_check", "secondary_tests", "adapters"):
         del less[key]
     for arm in less["arms"].values():
         del arm["reliability"], arm["confidence_histogram"]
@@ -193,6 +193,24 @@ def test_without_the_optional_keys_the_sections_go(results):
     assert [s.title for s in sections(less)] == expected
     drawn = {name: figures.svg(figure) for name, figure in figures.draw(less).items()}
     assert Page(report.html(less, drawn)).headings == expected
+
+
+def test_what_the_model_personalises_is_said_with_its_interval(results):
+    [section] = [s for s in sections(results) if s.title == "What the model personalises"]
+    found = results["controls"]["swapped-user"]["arms"]["dpo"]
+    low, high = found["ci95_pp"]
+    assert (
+        f"DPO Optimized is right in {found['main_accuracy']:.1%} with the user's own history and in"
+        f" {found['accuracy']:.1%} with another's: {found['main_less_control_pp']:+.1f} points (95 % interval"
+        f" {low:+.1f} to {high:+.1f}) are what it personalises; it reads the history." in section.notes
+    )
+    [table] = section.tables
+    assert [row[0] for row in table.rows][0] == "Popularity" and len(table.rows[0]) == len(table.head) == 6
+    blind = copy.deepcopy(results)
+    blind["controls"]["swapped-user"]["arms"]["dpo"]["ci95_pp"] = [-1.0, 2.0]
+    assert any("not shown to read the history" in note for s in sections(blind) for note in s.notes)
+    del blind["controls"]["swapped-user"]
+    assert any(s.figure == "controls" and len(s.notes) == 1 for s in sections(blind))
 
 
 def test_markdown_has_the_table_the_sections_and_the_figures(results, images):
