@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    import triton
+
+    from quantpref.triton_kernels import nf4_kernel, rotate_kernel, swiglu_gradient_kernel, swiglu_kernel
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,21 +60,21 @@ class Rotate(torch.autograd.Function):
     """Rotary positions, arXiv 2104.09864, in place, of the first `heads` of (T, heads + others, D); cos, sin (T, D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         ctx.mark_dirty(x)
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
         return _rotate(x, cos, sin, heads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(grad.contiguous(), cos, -sin, ctx.heads), None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     if x.is_cuda and TRITON:
-        _rotate_kernel[(len(x), triton.cdiv(heads, 8))](x, cos, sin, x.stride(0), heads, HALF=x.size(2) // 2, HEADS=8)
+        rotate_kernel[(len(x), triton.cdiv(heads, 8))](x, cos, sin, x.stride(0), heads, HALF=x.size(2) // 2, HEADS=8)
     else:
         left, right = x[:, :heads].chunk(2, dim=-1)
         turned = torch.cat((-right, left), dim=-1) * sin[:, None]
@@ -82,23 +86,23 @@ class SwiGLU(torch.autograd.Function):
     """silu(gate) * up of (T, 2 F) -> (T, F + room) (arXiv 2002.05202); the room is LoRA's."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, room: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate_up: Tensor, room: int) -> Tensor:
         ctx.save_for_backward(gate_up)
         width = gate_up.size(1) // 2
         out = gate_up.new_empty(len(gate_up), width + room)
         if gate_up.is_cuda and TRITON:
-            _launch_swiglu(_swiglu_kernel, gate_up, out)
+            _launch_swiglu(swiglu_kernel, gate_up, out)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
             torch.mul(silu(gate), up, out=out[:, :width])
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         if gate_up.is_cuda and TRITON:
             out = torch.empty_like(gate_up)
-            _launch_swiglu(_swiglu_gradient_kernel, gate_up, grad, out)
+            _launch_swiglu(swiglu_gradient_kernel, gate_up, grad, out)
             return out, None
         gate, up = gate_up.chunk(2, dim=-1)
         grad, sigmoid = grad[:, : gate.size(1)], gate.sigmoid()
@@ -139,63 +143,6 @@ def dequantise(weight: Tensor, out: Tensor, columns: int, lora_b: Tensor | None,
         torch.mul(lora_b, scale, out=out[:, columns + first : columns + first + lora_b.size(1)])
 
 
-if TRITON:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _nf4_kernel(
-        packed, scale8, scale_code, scale_of_scales, offset, code, out, columns, stride,
-        lora_b, rank, first, scale, room, BLOCK: tl.constexpr, ROOM: tl.constexpr,
-    ):  # fmt: skip
-        """Two weights a byte, the first in the high half; a scale for 64 weights, itself one of 256 codes."""
-        start = tl.program_id(0).to(tl.int64) * 2 * BLOCK
-        row = start // columns  # a block lies within one row
-        at = start // 2 + tl.arange(0, BLOCK)
-        byte = tl.load(packed + at).to(tl.int32)
-        coded = tl.load(scale8 + at // 32).to(tl.int32)
-        block_scale = tl.load(scale_code + coded) * tl.load(scale_of_scales + at // (32 * 256)) + tl.load(offset)
-        both = tl.interleave(tl.load(code + (byte >> 4)) * block_scale, tl.load(code + (byte & 15)) * block_scale)
-        to = out + row * stride + (start - row * columns)
-        tl.store(to + tl.arange(0, 2 * BLOCK), both.to(out.dtype.element_ty))
-        if ROOM > 0 and start % columns == 0:
-            place = tl.arange(0, ROOM)
-            own = (place >= first) & (place < first + rank)
-            b = tl.load(lora_b + row * rank + place - first, mask=own, other=0).to(tl.float32) * scale
-            tl.store(out + row * stride + columns + place, b.to(out.dtype.element_ty), mask=place < room)
-
-    @triton.jit
-    def _rotate_kernel(x, cos, sin, stride, heads, HALF: tl.constexpr, HEADS: tl.constexpr):
-        token = tl.program_id(0).to(tl.int64)
-        head, at = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-        here, turn, inside = x + token * stride + head * 2 * HALF + at, token * 2 * HALF + at, head < heads
-        left = tl.load(here, mask=inside).to(tl.float32)
-        right = tl.load(here + HALF, mask=inside).to(tl.float32)
-        c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
-        tl.store(here, (left * c - right * s).to(x.dtype.element_ty), mask=inside)
-        tl.store(here + HALF, (right * c + left * s).to(x.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _swiglu_kernel(gate_up, out, width, stride, BLOCK: tl.constexpr):
-        row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < width
-        gate = tl.load(gate_up + row * 2 * width + at, mask=inside).to(tl.float32)
-        up = tl.load(gate_up + row * 2 * width + width + at, mask=inside).to(tl.float32)
-        tl.store(out + row * stride + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _swiglu_gradient_kernel(gate_up, grad, out, width, stride, BLOCK: tl.constexpr):
-        row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside, first = at < width, row * 2 * width + at
-        gate = tl.load(gate_up + first, mask=inside).to(tl.float32)
-        up = tl.load(gate_up + first + width, mask=inside).to(tl.float32)
-        above = tl.load(grad + row * stride + at, mask=inside).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        to_gate = above * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(out + first, to_gate.to(out.dtype.element_ty), mask=inside)
-        tl.store(out + first + width, (above * gate * sigmoid).to(out.dtype.element_ty), mask=inside)
-
-
 def _launch_swiglu(kernel: Any, gate_up: Tensor, narrow: Tensor, *wide: Tensor) -> None:
     """`narrow` is (T, F + room), and only its first F columns are touched."""
     width, block = gate_up.size(1) // 2, 2048
@@ -209,7 +156,7 @@ def _dequantise_nf4(
     scales, elements = state.state2, out.size(0) * columns
     block = next(b for b in (1024, 512, 256, 128, 64, 32, 16, 8) if columns % (2 * b) == 0)
     room = out.size(1) - columns if lora_b is not None else 0
-    _nf4_kernel[(elements // (2 * block),)](
+    nf4_kernel[(elements // (2 * block),)](
         weight.data, state.absmax, scales.code, scales.absmax, state.offset, state.code, out, columns, out.stride(0),
         out if lora_b is None else lora_b, 0 if lora_b is None else lora_b.size(1), first, scale, room,
         BLOCK=block, ROOM=triton.next_power_of_2(room) if room else 0,

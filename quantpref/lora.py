@@ -51,13 +51,17 @@ class Group:
         """Read LoRA's matrices from this part of the flat buffers, and write their gradients to that part."""
         self.rank, self.scale, n = rank, scale, len(self.modules)
         self.room = -(-n * rank // 8) * 8  # whole 16-byte pieces, which the fast products want
-        sizes = [n * rank * self.inputs, *(size * rank for size in self.sizes)]
-        (self.a, *self.b), (self.grad_a, *self.grad_b) = (
-            [part.view(-1, width) for part, width in zip(t.split(sizes), (self.inputs, *[rank] * n), strict=True)]
-            if rank
-            else [t] * (n + 1)
-            for t in (weights, gradients)
-        )
+        self.a, self.b = self._parts(weights)
+        self.grad_a, self.grad_b = self._parts(gradients)
+
+    def _parts(self, flat: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A stacked, and each B, as views of this group's part of a flat buffer."""
+        n = len(self.modules)
+        sizes = [n * self.rank * self.inputs, *(size * self.rank for size in self.sizes)]
+        a, *b = flat.split(sizes)
+        return a.view(n * self.rank, self.inputs), [
+            part.view(size, self.rank) for part, size in zip(b, self.sizes, strict=True)
+        ]
 
     def weight(self) -> Tensor:
         """(O, I + room) in the compute dtype; valid until the next group asks for its own."""
@@ -76,7 +80,7 @@ class LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.save_for_backward(x)
         ctx.group = group
         if group.rank:
@@ -86,7 +90,7 @@ class LoRALinear(torch.autograd.Function):
         return x @ group.weight().T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         group, n = ctx.group, len(ctx.group.a)
         grad_x = grad @ group.weight()

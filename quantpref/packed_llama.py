@@ -70,9 +70,10 @@ class Layer:
 class PackedLlama:
     """A Llama, bare or with peft adapters, as a function of prefix trees; `train` names the adapter that learns."""
 
-    def __init__(self, model: nn.Module, train: str | None = None) -> None:
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.core, self.head = inner.model, inner.lm_head.weight
+    def __init__(self, model: Any, train: str | None = None) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.core: Any = inner.model
+        self.head: Tensor = inner.lm_head.weight
         self.device, self.on_gpu = self.head.device, self.head.is_cuda
         scratch = Scratch(self.head.dtype, self.head.device)
         self.layers = [Layer(block, scratch) for block in self.core.layers]
@@ -140,7 +141,7 @@ class _Learn(torch.autograd.Function):
     """Joins TRL's loss, which sees N log-probabilities, to the packed model's own backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, llama: PackedLlama, batch: TreeBatch) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, flat: Tensor, llama: PackedLlama, batch: TreeBatch) -> tuple[Tensor, ...]:
         llama.adapters.use(llama.adapters.train)
         ctx.llama, ctx.run = llama, llama.run(batch)
         found = ctx.run.forward(batch)
@@ -148,7 +149,7 @@ class _Learn(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
         ctx.run.backward(grad)
         return ctx.llama.adapters.gradients.to(torch.float32, copy=True), None, None
 

@@ -27,7 +27,7 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def pack(rows: Sequence[Sequence[int]], multiple: int = 1, padding_id: int = 0) -> PrefixTree:
+def pack(rows: Sequence[list[int]], multiple: int = 1, padding_id: int = 0) -> PrefixTree:
     """Lay out token rows as a prefix tree, padded to a multiple of columns; padding attends to itself alone.
 
     In sorted order each row shares with the tree exactly what it shares with the row before.
@@ -37,7 +37,7 @@ def pack(rows: Sequence[Sequence[int]], multiple: int = 1, padding_id: int = 0) 
     end: list[int] = []
     paths: list[list[int]] = [[] for _ in rows]
     path: list[int] = []
-    before: Sequence[int] = []
+    before: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: rows[i]):
         shared = common_prefix_length(before, rows[i])
         for column in path[shared:]:

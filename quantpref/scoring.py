@@ -95,7 +95,8 @@ def score(
 def _batches(ids: list[list[int]], limit: int) -> Iterator[list[int]]:
     """Row numbers in sorted order, cut where a batch's prefix tree would exceed `limit` columns."""
     batch: list[int] = []
-    columns, before = 0, []
+    before: list[int] = []
+    columns = 0
     for i in sorted(range(len(ids)), key=ids.__getitem__):
         new = len(ids[i]) - (common_prefix_length(before, ids[i]) if batch else 0)
         if batch and columns + new > limit:
@@ -107,17 +108,18 @@ def _batches(ids: list[list[int]], limit: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _answer_log_probs(llama: "PackedLlama", ids: list[list[int]], slot: AnswerSlot, limit: int) -> NDArray[np.float64]:
-    """(rows, 2): log p of the two answers after each row."""
+def _answer_log_probs(
+    llama: "PackedLlama", prompts: list[list[int]], slot: AnswerSlot, limit: int
+) -> NDArray[np.float64]:
+    """(rows, 2): log p of the two answers after each prompt."""
     import torch
 
     from quantpref.packed_llama import TreeBatch
 
     # On a GPU every batch is padded to one length, for which its attention is compiled once.
-    tree = pack(ids, multiple=limit if llama.on_gpu else 1)
+    tree = pack(prompts, multiple=limit if llama.on_gpu else 1)
     last = torch.tensor([path[-1] for path in tree.paths])
-    answers = torch.tensor([slot.token_a, slot.token_b]).repeat(len(ids))
-    batch = TreeBatch(
-        *(torch.tensor(values) for values in (tree.ids, tree.positions, tree.end)), last.repeat_interleave(2), answers
-    )
+    answers = torch.tensor([slot.token_a, slot.token_b]).repeat(len(prompts))
+    ids, positions, end = (torch.tensor(values) for values in (tree.ids, tree.positions, tree.end))
+    batch = TreeBatch(ids, positions, end, last.repeat_interleave(2), answers)
     return llama.statistics(batch.to(llama.device)).log_probs.double().cpu().numpy().reshape(-1, 2)

@@ -140,7 +140,7 @@ import json
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.nn.functional import silu
-from quantpref import kernels
+from quantpref import kernels, triton_kernels
 
 torch.manual_seed(0)
 found = {}
@@ -178,19 +178,19 @@ for heads, others in ((4, 2), (8, 2), (11, 3)):  # a program turns 8 heads
     x = torch.randn(5, heads + others, 32)
     ours, cpu = x.clone(), kernels._rotate(x.clone(), angle.cos(), angle.sin(), heads)
     grid = (5, -(-heads // 8))
-    kernels._rotate_kernel[grid](ours, angle.cos(), angle.sin(), ours.stride(0), heads, HALF=16, HEADS=8)
+    triton_kernels.rotate_kernel[grid](ours, angle.cos(), angle.sin(), ours.stride(0), heads, HALF=16, HEADS=8)
     report(f"rotate {heads}", ours, cpu)
     assert torch.equal(ours[:, heads:], x[:, heads:])
 
 for width in (60, 2051):  # a program does 2048 columns
     gate_up = torch.randn(3, 2 * width, requires_grad=True)
     out = torch.full((3, width + 8), 7.0)
-    kernels._launch_swiglu(kernels._swiglu_kernel, gate_up.detach(), out)
+    kernels._launch_swiglu(triton_kernels.swiglu_kernel, gate_up.detach(), out)
     cpu = kernels.SwiGLU.apply(gate_up, 8)
     report(f"swiglu {width}", out[:, :width], cpu[:, :width].detach())
     assert (out[:, width:] == 7).all()  # the room is left alone
     above, ours = torch.randn(3, width + 8), torch.full((3, 2 * width), 7.0)
-    kernels._launch_swiglu(kernels._swiglu_gradient_kernel, gate_up.detach(), above, ours)
+    kernels._launch_swiglu(triton_kernels.swiglu_gradient_kernel, gate_up.detach(), above, ours)
     (branch,) = torch.autograd.grad(cpu, gate_up, above)
     gate, up = gate_up.chunk(2, 1)
     (autograd,) = torch.autograd.grad(silu(gate) * up, gate_up, above[:, :width])
