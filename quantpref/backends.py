@@ -20,12 +20,11 @@ def choose_backend(wanted: Literal["auto", "unsloth", "transformers"]) -> Backen
 
     # On a CPU bitsandbytes tells everybody that a kernel from the hub is missing; it works without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    usable = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
-    if wanted == "unsloth" and not usable:
+    if wanted != "unsloth":  # training and scoring are as fast on either, and an adapter stays with its backend
+        return "transformers"
+    if not (torch.cuda.is_available() and importlib.util.find_spec("unsloth")):
         missing = "the package" if torch.cuda.is_available() else "a GPU"
         raise UserError(f"--backend unsloth needs {missing}; use --backend auto or transformers")
-    if wanted == "transformers" or not usable:
-        return "transformers"
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it reports usage to its makers otherwise
     # TRL's own trainers first: Unsloth swaps them for copies that ask the model for its loss in another way.
     import quantpref.shared_prefix  # isort: skip  # noqa: F401

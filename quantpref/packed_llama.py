@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantpref.attention import Attend, attention_over
 from quantpref.kernels import TRITON, Rotate, SwiGLU, add_and_norm, rms_norm, token_statistics, with_room
@@ -46,6 +47,18 @@ class TreeBatch:
         return TreeBatch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
+def rotary_frequencies(config: Any, device: torch.device) -> tuple[Tensor, float]:
+    """Radians a position of each half of a head, (D / 2,), and the factor on cosine and sine.
+
+    From the config, since Unsloth puts its own module in the place of transformers'.
+    """
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
+        return ROPE_INIT_FUNCTIONS[kind](config, device)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+
 class Layer:
     """One decoder block: its modules and what they compute."""
 
@@ -75,6 +88,7 @@ class PackedLlama:
         self.core: Any = inner.model
         self.head: Tensor = inner.lm_head.weight
         self.device, self.on_gpu = self.head.device, self.head.is_cuda
+        self.frequencies, self.turn_scale = rotary_frequencies(inner.config, self.device)
         scratch = Scratch(self.head.dtype, self.head.device)
         self.layers = [Layer(block, scratch) for block in self.core.layers]
         groups = [group for layer in self.layers for group in layer.groups]
@@ -90,8 +104,7 @@ class PackedLlama:
     def _forward(self, batch: TreeBatch) -> tuple[Tensor, TokenStatistics]:
         """The embeddings, from which a backward pass ends, and the statistics."""
         x = start = self.core.embed_tokens.weight[batch.ids].detach().requires_grad_()
-        cos, sin = self.core.rotary_emb(x, batch.positions[None])
-        turn, attend = (cos[0], sin[0]), attention_over(batch.end)
+        turn, attend = self._turn(batch.positions), attention_over(batch.end)
         update: Tensor | None = None
         for layer in self.layers:
             x, normed = _norm(x, update, layer.before_attention, layer.groups[0].room)
@@ -104,6 +117,11 @@ class PackedLlama:
         _, normed = _norm(x, update, self.core.norm, 0)
         logits = normed @ self.head.T
         return start, TokenStatistics(*token_statistics(logits, batch.tokens))
+
+    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each column's rotation, (T, D); the second half repeats the first."""
+        angles = (positions[:, None].float() * self.frequencies).repeat(1, 2)
+        return tuple((f(angles) * self.turn_scale).to(self.head.dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
 
     def frozen(self, adapter: str, batch: TreeBatch) -> TokenStatistics:
         """The same of another adapter of the learning one's rank, by the very kernels that learning runs."""

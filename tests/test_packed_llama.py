@@ -372,3 +372,25 @@ def test_subtrees_of_a_literal_tree(monkeypatch):
         (2, 3): ([0, 1, 2, 3], [[1, 1, 1, 0], [1, 1, 1, 1]]),
         (4, -1): ([0, 1, 4, -1], [[1, 1, 1, 0], [1, 0, 0, 0]]),  # a padding query sees something: no empty softmax
     }
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_rotation_is_that_of_transformers(kind):
+    """Llama 3.2's frequencies are stretched; positions up to a long prompt's."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from quantpref.packed_llama import rotary_frequencies
+
+    parameters = {"rope_type": kind, "rope_theta": 500_000.0}
+    if kind == "llama3":
+        parameters |= {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        parameters |= {"original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=parameters)
+    positions = torch.arange(3000)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
+    frequencies, scale = rotary_frequencies(config, torch.device("cpu"))
+    angles = (positions[:, None].float() * frequencies).repeat(1, 2)
+    assert torch.allclose(angles.cos() * scale, cos[0], atol=1e-6) and torch.allclose(
+        angles.sin() * scale, sin[0], atol=1e-6
+    )
