@@ -121,7 +121,8 @@ class PackedLlama:
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each column's rotation, (T, D); the second half repeats the first."""
         angles = (positions[:, None].float() * self.frequencies).repeat(1, 2)
-        return tuple((f(angles) * self.turn_scale).to(self.head.dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+        cos, sin = angles.cos() * self.turn_scale, angles.sin() * self.turn_scale
+        return cos.to(self.head.dtype), sin.to(self.head.dtype)
 
     def frozen(self, adapter: str, batch: TreeBatch) -> TokenStatistics:
         """The same of another adapter of the learning one's rank, by the very kernels that learning runs."""
