@@ -25,7 +25,16 @@ from quantpref.outcome import Outcome, digests
 from quantpref.progress import TrainingLog
 from quantpref.prompts import fit, pairs_dataset, prompt, tokenise
 from quantpref.resume import made_with, remove_checkpoints, to_resume
-from quantpref.runs import Stopped, UserError, atomic_folder, environment, sha256, write_json, write_manifest
+from quantpref.runs import (
+    Stopped,
+    UserError,
+    as_written,
+    atomic_folder,
+    environment,
+    sha256,
+    write_json,
+    write_manifest,
+)
 from quantpref.shared_prefix import (
     CompletionCollator,
     CompletionSFTTrainer,
@@ -252,7 +261,7 @@ def _run(
         f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
     )
     manifest = {**manifest, "config": config.as_json(), "seed": config.seed}
-    trainer.made_with = {**manifest, "environment": environment()}
+    trainer.made_with = as_written({**manifest, "environment": environment()})
     resumed = _resumed(checkpoints, trainer.made_with)
     outcome = Outcome(trainer.model, base)
     trainer.started = time.monotonic()
