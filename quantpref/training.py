@@ -260,8 +260,8 @@ def _run(
         f"{manifest['kind']}: {manifest['counts']['pairs']:,} pairs, {steps:,} steps of {config.effective_batch_size}"
         f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
     )
-    manifest = {**manifest, "config": config.as_json(), "seed": config.seed}
-    trainer.made_with = as_written({**manifest, "environment": environment()})
+    made_of = {**manifest, "config": config.as_json(), "seed": config.seed, "environment": environment()}
+    trainer.made_with = as_written(made_of)
     resumed = _resumed(checkpoints, trainer.made_with)
     outcome = Outcome(trainer.model, base)
     trainer.started = time.monotonic()
@@ -272,31 +272,33 @@ def _run(
             failure = {"step": error.step, "cause": "non-finite", "numbers": error.numbers}
             write_json(temporary / FAILED, {**trainer.made_with, **failure})
         raise
-    seconds = time.monotonic() - trainer.started
+    results = _results(trainer, log, time.monotonic() - trainer.started)
     with atomic_folder(folder) as temporary:
         _save(trainer.model, base, temporary)
         (temporary / LOG).write_bytes(log.path.read_bytes())
-        tail = log.losses[-max(1, len(log.losses) // 10) :]
-        write_manifest(
-            temporary,
-            {
-                **trainer.made_with,
-                "adapter_sha256": sha256(temporary / "adapter_model.safetensors"),
-                "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                "steps": trainer.state.global_step,
-                "per_device_train_batch_size": arguments.per_device_train_batch_size,
-                "first_loss": log.losses[0],
-                "last_tenth_mean_loss": sum(tail) / len(tail),
-                "wall_seconds": seconds,
-                "pairs_per_second": manifest["counts"]["pairs"] * int(arguments.num_train_epochs) / seconds,
-                "peak_memory_gib": peak_memory_gib(),
-                "tokens_seen": int(trainer.state.log_history[-2].get("num_tokens", 0)),
-            },
-        )
+        results["adapter_sha256"] = sha256(temporary / "adapter_model.safetensors")
+        write_manifest(temporary, trainer.made_with | results)
         outcome.check(trainer.model, trainer.state.global_step, temporary, train, config)
     remove_checkpoints(checkpoints)
     for reason in instability_reasons(log.losses) if manifest["kind"].startswith("dpo") else ():
         sys.stdout.write(f"warning: {reason}\n")
+
+
+def _results(trainer: Any, log: TrainingLog, seconds: float) -> dict[str, Any]:
+    """What a manifest says of how training went."""
+    tail = log.losses[-max(1, len(log.losses) // 10) :]
+    pairs = trainer.made_with["counts"]["pairs"] * int(trainer.args.num_train_epochs)
+    return {
+        "trainable_weights": sum(weight.numel() for weight in trained_weights(trainer.model).values()),
+        "steps": trainer.state.global_step,
+        "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
+        "first_loss": log.losses[0],
+        "last_tenth_mean_loss": sum(tail) / len(tail),
+        "wall_seconds": seconds,
+        "pairs_per_second": pairs / seconds,
+        "peak_memory_gib": peak_memory_gib(),
+        "tokens_seen": int(trainer.state.log_history[-2].get("num_tokens", 0)),
+    }
 
 
 def _resumed(checkpoints: Path, now: dict[str, Any]) -> Path | None:
