@@ -140,16 +140,14 @@ class Config:
         return adapter.with_name(adapter.name.removeprefix("llama3_").removesuffix("_4bit_final") + "_checkpoints")
 
     def as_json(self) -> dict[str, Any]:
-        """As manifests and results record it: paths as text."""
+        """As manifests and results record it: paths as text, in UTF-8 whatever the locale made of them."""
 
         def plain(value: Any) -> Any:
-            return (
-                str(value)
-                if isinstance(value, Path)
-                else list(map(plain, value))
-                if isinstance(value, tuple)
-                else value
-            )
+            if isinstance(value, tuple):
+                return list(map(plain, value))
+            if isinstance(value, str | Path):
+                return str(value).encode(errors="surrogateescape").decode(errors="replace")
+            return value
 
         return {name: plain(value) for name, value in asdict(self).items()}
 

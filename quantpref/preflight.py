@@ -198,7 +198,7 @@ def disk(config: Config, found: dict[str, Any]) -> Iterator[Check]:
 
 def four_bit(config: Config, found: dict[str, Any]) -> Iterator[Check]:
     """nf4 with double quantisation on this device, against float64 arithmetic of the definition."""
-    from quantpref.models import four_bit_error, four_bit_product_error
+    from quantpref.four_bit import four_bit_error, four_bit_product_error
 
     error, bound = four_bit_error()
     todo = "bitsandbytes is broken on this device; reinstall the pinned version"

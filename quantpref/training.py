@@ -30,7 +30,16 @@ from quantpref.progress import TrainingLog
 from quantpref.prompts import fit, pairs_dataset, prompt, tokenise
 from quantpref.reference import reference_file
 from quantpref.resume import made_with, remove_checkpoints, to_resume
-from quantpref.runs import Stopped, UserError, atomic_folder, environment, sha256, write_json, write_manifest
+from quantpref.runs import (
+    Stopped,
+    UserError,
+    as_written,
+    atomic_folder,
+    environment,
+    sha256,
+    write_json,
+    write_manifest,
+)
 from quantpref.shared_prefix import (
     CompletionCollator,
     CompletionSFTTrainer,
@@ -288,8 +297,8 @@ def _run(
         f"{manifest['kind']}: {manifest['counts']['pairs']:,} pairs, {steps:,} steps of {config.effective_batch_size}"
         f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
     )
-    manifest = {**manifest, "config": config.as_json(), "seed": config.seed}
-    trainer.made_with = {**manifest, "environment": environment()}
+    made_of = {**manifest, "config": config.as_json(), "seed": config.seed, "environment": environment()}
+    trainer.made_with = as_written(made_of)
     resumed = _resumed(checkpoints, trainer.made_with)
     outcome = Outcome(trainer.model, base)
     trainer.started = time.monotonic()
@@ -302,10 +311,14 @@ def _run(
             failure = {"step": error.step, "cause": "non-finite", "numbers": error.numbers}
             write_json(temporary / FAILED, {**trainer.made_with, **failure})
         raise
-    seconds = time.monotonic() - trainer.started
+    results = _results(trainer, log, time.monotonic() - trainer.started)
     if processes.is_first():
-        with processes.alone():
-            _finish(trainer, base, train, config, folder, log, outcome, seconds)
+        with processes.alone(), atomic_folder(folder) as temporary:
+            _save(trainer.model, base, temporary)
+            (temporary / LOG).write_bytes(log.path.read_bytes())
+            results["adapter_sha256"] = sha256(temporary / "adapter_model.safetensors")
+            write_manifest(temporary, trainer.made_with | results)
+            outcome.check(trainer.model, trainer.state.global_step, temporary, train, config)
         remove_checkpoints(checkpoints)
     else:
         trainer.model.unload()
@@ -314,39 +327,21 @@ def _run(
         sys.stdout.write(f"warning: {reason}\n")
 
 
-def _finish(
-    trainer: Any,
-    base: Base,
-    train: Sequence[Comparison],
-    config: Config,
-    folder: Path,
-    log: TrainingLog,
-    outcome: Outcome,
-    seconds: float,
-) -> None:
-    """Save the adapter under its final name, if it is what training should have made of it."""
-    arguments, pairs = trainer.args, trainer.made_with["counts"]["pairs"]
-    with atomic_folder(folder) as temporary:
-        _save(trainer.model, base, temporary)
-        (temporary / LOG).write_bytes(log.path.read_bytes())
-        tail = log.losses[-max(1, len(log.losses) // 10) :]
-        write_manifest(
-            temporary,
-            {
-                **trainer.made_with,
-                "adapter_sha256": sha256(temporary / "adapter_model.safetensors"),
-                "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                "steps": trainer.state.global_step,
-                "per_device_train_batch_size": arguments.per_device_train_batch_size,
-                "first_loss": log.losses[0],
-                "last_tenth_mean_loss": sum(tail) / len(tail),
-                "wall_seconds": seconds,
-                "pairs_per_second": pairs * int(arguments.num_train_epochs) / seconds,
-                "peak_memory_gib": peak_memory_gib(),
-                "tokens_seen": int(trainer.state.log_history[-2].get("num_tokens", 0)),
-            },
-        )
-        outcome.check(trainer.model, trainer.state.global_step, temporary, train, config)
+def _results(trainer: Any, log: TrainingLog, seconds: float) -> dict[str, Any]:
+    """What a manifest says of how training went."""
+    tail = log.losses[-max(1, len(log.losses) // 10) :]
+    pairs = trainer.made_with["counts"]["pairs"] * int(trainer.args.num_train_epochs)
+    return {
+        "trainable_weights": sum(weight.numel() for weight in trained_weights(trainer.model).values()),
+        "steps": trainer.state.global_step,
+        "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
+        "first_loss": log.losses[0],
+        "last_tenth_mean_loss": sum(tail) / len(tail),
+        "wall_seconds": seconds,
+        "pairs_per_second": pairs / seconds,
+        "peak_memory_gib": peak_memory_gib(),
+        "tokens_seen": int(trainer.state.log_history[-2].get("num_tokens", 0)),
+    }
 
 
 def _resumed(checkpoints: Path, now: dict[str, Any]) -> Path | None:

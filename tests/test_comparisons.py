@@ -64,7 +64,7 @@ def write(path: Path, *rows: dict | str | bytes, end: bytes = b"\n") -> Path:
 # Titles
 
 
-@pytest.mark.parametrize("title", AWKWARD, ids=str)
+@pytest.mark.parametrize("title", AWKWARD, ids=lambda movie: re.sub("[^A-Za-z0-9]+", "-", str(movie)))
 @pytest.mark.parametrize("place", ["first", "middle", "last", "a", "b"])
 def test_awkward_titles_are_read_wherever_they_stand(tmp_path, title, place):
     history, a, b = PLAIN[:5], replace(PLAIN[5], genres=("Drama",)), replace(PLAIN[6], genres=("Comedy", "War"))

@@ -173,7 +173,7 @@ def test_json_holds_every_finding(tmp_path, capsys):
 def test_a_check_that_breaks_is_one_that_failed(tmp_path, capsys, monkeypatch):
     config = tiny(tmp_path)
     config.data.write_text("{\n")
-    monkeypatch.setattr("quantpref.models.four_bit_error", lambda: 1 / 0)
+    monkeypatch.setattr("quantpref.four_bit.four_bit_error", lambda: 1 / 0)
     with pytest.raises(RunError, match=r"^3 check\(s\) failed"):
         verify_dpo_setup.main(config, as_json=False)
     out = capsys.readouterr().out

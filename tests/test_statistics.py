@@ -679,3 +679,71 @@ def test_importing_leaves_the_slow_libraries_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout.strip() == "[]"
+
+
+# Found by mutation: changes that no test above noticed.
+
+
+@pytest.mark.parametrize("wrong", [[0.5, 1.5], [0.5, 2.5], [-0.1, 0.5], [0.2, math.nan]])
+def test_holm_refuses_what_is_no_p_value(wrong):
+    with pytest.raises(ValueError, match=r"^holm: p values must be in \[0, 1\]$"):
+        holm(wrong)
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.06, 0.09, 55.0, 80.0, 99.0])
+def test_temperatures_near_the_bounds_are_found(scale):
+    """Margins whose best temperature is `scale`, to within what 4,000 of them can tell, against plain search."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 1.5, 4000)
+    margins = scale * np.where(rng.random(4000) < special.expit(logits), logits, -logits)
+    found, at_bound = fit_temperature(margins)
+
+    def loss(log_t):
+        return np.logaddexp(0, -margins / math.exp(log_t)).mean()
+
+    best = optimize.minimize_scalar(
+        loss, bounds=(math.log(0.05), math.log(100)), method="bounded", options={"xatol": 1e-9}
+    )
+    assert found == pytest.approx(math.exp(best.x), rel=1e-3)
+    assert at_bound == (scale < 0.05)
+
+
+def test_design_effect_of_a_lopsided_difference():
+    """Differences with a mean that is not zero: by the definition, cluster by cluster."""
+    rng = np.random.default_rng(9)
+    users = [f"u{i // 4}" for i in range(80)]
+    values = rng.normal(0.7, 1, 80) + np.repeat(rng.normal(0, 0.8, 20), 4)
+    residuals = values - values.mean()
+    totals = [residuals[4 * k : 4 * k + 4].sum() for k in range(20)]
+    clustered = sum(t**2 for t in totals) * 20 / 19
+    independent = sum(r**2 for r in residuals) * 80 / 79
+    assert design_effect(values, users) == pytest.approx(clustered / independent)
+
+
+def test_the_number_of_resamples_is_the_one_asked_for():
+    rng = np.random.default_rng(3)
+    differences = outcomes(rng, 60, 0.4)
+    users = [str(i // 3) for i in range(60)]
+    result = paired_test(*arms(differences), users, resamples=99)
+    assert result.p_value * 100 == pytest.approx(round(result.p_value * 100))
+    low, high = paired_bootstrap(differences, users, 0, 99)
+    assert result.ci95_pp == pytest.approx((100 * low, 100 * high))
+
+
+def test_as_many_users_as_folds():
+    assert sorted(user_folds([str(i) for i in range(5)])) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (correctness, "margins"), (confidence, "margins"), (brier, "margins"), (nll, "margins"), (ece, "margins"),
+        (fit_temperature, "validation_margins"), (lambda x: auc(x, [True, False]), "logp_a_minus_b"),
+        (lambda x: design_effect(x, ["a", "b"]), "differences"),
+        (lambda x: fold_differences_pp(x, [0, 1]), "differences"),
+        (lambda x: paired_test(x, x, ["a", "b"]), "correct"),
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_is_named(call, name):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        call([0.5, math.nan])

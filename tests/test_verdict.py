@@ -416,3 +416,64 @@ def test_the_simulated_chance_is_that_of_this_rule(n, gain):
     chance = chance_of_supported(100 * gain, n, 0.15)
     assert found / 200 == pytest.approx(chance, abs=4 * math.sqrt(chance * (1 - chance) / 200))
     assert n < 2000 or found / 200 > 0.9
+
+
+# Found by mutation: changes of the rule that no test above noticed.
+
+
+def test_an_unstable_gain_is_not_called_a_loss():
+    """Between 0 and 1 point, too."""
+    inputs = with_difference(0.5, instability=("DPO was unstable: it said so.",))
+    verdict = decide(inputs)
+    assert verdict.outcome == "NOT SUPPORTED" and verdict.reasons[1] == "DPO was unstable: it said so."
+    assert "is not above 0" not in said(inputs)
+
+
+def test_two_seeds_are_spoken_of_as_two():
+    text = said(replace(SUPPORTED, seed_differences_pp=(5.2, 6.2)))
+    assert "(+5.00, +6.50, +4.00, +5.00, +8.00 points) and for each of the 2 seeds." in text
+    assert "(simulated, DPO's confidence taken as higher and every seed as positive: an upper bound)." in text
+
+
+def test_an_interval_that_just_touches_zero_holds_it():
+    sentence = "The 95 % interval holds both 0 and 2 points: this test was too small to tell."
+    touching = with_difference(-1.0, ci95_pp=(-3.0, 0.0))
+    assert sentence not in decide(touching).reasons  # it ends before 2
+    assert sentence in decide(with_difference(1.0, ci95_pp=(0.0, 2.0))).reasons
+    assert sentence in decide(with_difference(1.0, ci95_pp=(-1.0, 2.0))).reasons
+
+
+def test_every_field_is_checked_whatever_stands_before_it():
+    with pytest.raises(ValueError, match="sft_more_difference_pp is not finite"):
+        decide(
+            replace(SUPPORTED, popularity_accuracy=None, sft_more_difference_pp=math.nan, sft_more_ci95_pp=(0.0, 1.0))
+        )
+    for half in ({"sft_more_difference_pp": 1.0}, {"sft_more_ci95_pp": (0.0, 1.0)}):
+        with pytest.raises(ValueError, match="sft-more's difference and its interval go together"):
+            decide(replace(SUPPORTED, **half))
+
+
+def test_a_difference_half_a_point_off_the_accuracies_is_refused():
+    with pytest.raises(ValueError, match="difference_pp is 5.2, the accuracies give 5.7"):
+        decide(replace(SUPPORTED, difference_pp=5.2, seed_differences_pp=(5.2,)))
+
+
+def test_bounds_that_belong_to_one_side():
+    assert p_text(0.0001) == "p = 0.0001" and p_text(0.00009999) == "p < 0.0001"
+    assert "popularity explains" in said(replace(SUPPORTED, popularity_accuracy=0.65))
+    assert decide(replace(SUPPORTED, p_value=0.0)).outcome == "SUPPORTED"
+
+
+def test_numbers_keep_their_side_of_zero():
+    """A tiny loss is never printed as +0.00, nor a tiny gain as -0.00."""
+    text = said(with_difference(-0.001, ci95_pp=(-0.004, 0.002)))
+    assert "difference of -0.001 points (95 % interval -0.004 to +0.002" in text
+    more = said(replace(SUPPORTED, sft_more_difference_pp=0.003, sft_more_ci95_pp=(-0.001, 0.004)))
+    assert "by +0.003 points (95 % interval -0.001 to +0.004): the gain" in more
+
+
+def test_the_contamination_is_explained_whole():
+    assert decide(replace(SUPPORTED, sft_training_rows_known=False)).reasons[-1] == (
+        "The test may be contaminated: the SFT adapter's training rows are unknown; if test rows are among them, its"
+        " accuracy, and that of the DPO adapter built on it, are too high."
+    )

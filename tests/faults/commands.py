@@ -76,7 +76,7 @@ def inside_a_save(out, rng):
     seen, reached = set(), []
 
     def when():
-        seen.update(p.name for p in out.glob("**/.*.tmp") if p.is_dir())
+        seen.update(p.name for where in (".", "*_checkpoints") for p in out.glob(f"{where}/.*.tmp"))
         if not reached and len(seen) > number:
             reached.append(time.monotonic() + rest)
         return bool(reached) and time.monotonic() >= reached[0]

@@ -36,12 +36,11 @@ def disk(tmp_path):
 @contextmanager
 def filled(disk):
     """Not a byte is free in here."""
-    with (disk / "ballast").open("wb") as ballast:
+    with (disk / "ballast").open("wb", buffering=0) as ballast:
         block = 1 << 20
         while block:
             try:
                 ballast.write(b"\0" * block)
-                ballast.flush()
             except OSError:
                 block //= 2
     try:
