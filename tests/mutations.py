@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantpref.comparisons import Comparison, load
 from quantpref.dumps import read_ratings
-from quantpref.ratings import build
+from quantpref.ratings import Options, build
 from quantpref.runs import UserError
 from quantpref.titles import read_movies
 
@@ -138,7 +138,7 @@ def accepted_ratings(ratings: Path, movies: Path) -> bool:
     """Build; False where one of the files is refused in the documented form, True where both are read as they stand."""
     try:
         with no_hang():
-            comparisons, _ = build(ratings, movies, seed=1)
+            comparisons = build(ratings, movies, Options(seed=1)).comparisons
             catalogue = read_movies(movies)
             table = read_ratings(ratings, catalogue.stands_for, any_scale=False).table
     except UserError as error:
