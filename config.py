@@ -140,14 +140,12 @@ class Config:
         return adapter.with_name(adapter.name.removeprefix("llama3_").removesuffix("_4bit_final") + "_checkpoints")
 
     def as_json(self) -> dict[str, Any]:
-        """As manifests and results record it: paths as text, in UTF-8 whatever the locale made of them."""
+        """As manifests and results record it: paths as text."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, tuple):
                 return list(map(plain, value))
-            if isinstance(value, str | Path):
-                return str(value).encode(errors="surrogateescape").decode(errors="replace")
-            return value
+            return str(value) if isinstance(value, Path) else value
 
         return {name: plain(value) for name, value in asdict(self).items()}
 
@@ -274,6 +272,12 @@ def _check_ranges(config: Config) -> None:
     ]  # fmt: skip
     if config.max_shortcut is not None and not 0.5 <= config.max_shortcut <= 1:
         wrong.append(f"--max-shortcut must be from 0.5 to 1, found {config.max_shortcut}")
+    wrong += [
+        f"--{name.replace('_', '-')}: this locale cannot spell {ascii(text)}; set LC_ALL=C.UTF-8, or use plain letters"
+        for name, value in config.as_json().items()
+        for text in (value if isinstance(value, list) else [value])
+        if isinstance(text, str) and re.search("[\ud800-\udfff]", text)  # what stands for undecoded bytes
+    ]
     if not config.train_fraction + config.validation_fraction < 1:
         wrong.append("--train-fraction and --validation-fraction must leave a test part: their sum is 1 or more")
     micro = config.per_device_train_batch_size

@@ -182,22 +182,12 @@ def set_aside(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_bytes(_utf8(text))
-
-
-def _utf8(text: str) -> bytes:
-    """Text as UTF-8 whatever the locale: a file name that it could not decode comes as lone surrogates."""
-    return text.encode("utf-8", errors="surrogateescape")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON: a NaN in a result is a defect, so it is an error here."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def as_written(value: Any) -> Any:
-    """`value` as it comes back from a JSON file of ours."""
-    return json.loads(_utf8(json.dumps(value, ensure_ascii=False)).decode("utf-8", errors="replace"))
 
 
 def read_json(path: Path) -> Any:
@@ -213,7 +203,7 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write `values` with the SHA-256 of every file in `folder`, and of itself: the last file that a folder gets."""
     own = folder / MANIFEST
     files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p != own}
-    values = as_written({name: value for name, value in values.items() if name != "seal"} | {"files": files})
+    values = {name: value for name, value in values.items() if name != "seal"} | {"files": files}
     write_json(own, {**values, "seal": _seal(values)})
 
 

@@ -33,7 +33,6 @@ from quantpref.resume import made_with, remove_checkpoints, to_resume
 from quantpref.runs import (
     Stopped,
     UserError,
-    as_written,
     atomic_folder,
     environment,
     sha256,
@@ -297,8 +296,8 @@ def _run(
         f"{manifest['kind']}: {manifest['counts']['pairs']:,} pairs, {steps:,} steps of {config.effective_batch_size}"
         f" ({arguments.per_device_train_batch_size} at a time), learning rate {arguments.learning_rate:g}\n"
     )
-    made_of = {**manifest, "config": config.as_json(), "seed": config.seed, "environment": environment()}
-    trainer.made_with = as_written(made_of)
+    recorded = {"config": config.as_json(), "seed": config.seed, "environment": environment()}
+    trainer.made_with = {**manifest, **recorded}
     resumed = _resumed(checkpoints, trainer.made_with)
     outcome = Outcome(trainer.model, base)
     trainer.started = time.monotonic()

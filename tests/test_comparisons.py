@@ -468,3 +468,22 @@ def test_the_file_that_people_bring(tmp_path, comparisons):
     assert set.union(*lines) == set(range(1, 6041))
     assert split.manifest()["train"]["users"] == 4228
     assert sum(c.label == "A" for c in counterbalance(split.train, 3407)) == 2114
+
+
+# Found by mutation: changes that no test above noticed.
+
+
+def test_the_first_second_of_1970_and_no_instruction_are_fine(tmp_path):
+    [made] = load(write(tmp_path / "x.jsonl", {**ROW, "time": 0, "instruction": ""}))
+    assert (made.time, made.instruction) == (0, "")
+
+
+def test_the_reason_and_the_field_are_named(tmp_path):
+    two_ways = "History: Heat (1995). Option A: X (1990) (Drama). Option B: Y (1991) (War). Option B: Z (1992) (War)."
+    for row, said in (
+        ({**ROW, "input": "History: Heat (1995). Option A: X."}, '"input" cannot be read as'),
+        ({**ROW, "input": two_ways}, '"input" can be read in 2 ways as'),
+        ('{"instruction": "", "input": "", "output": "", "user": 1, "user": 2}', 'field "user" stands twice; keep one'),
+    ):
+        with pytest.raises(UserError, match=f"line 1: {re.escape(said)}"):
+            load(write(tmp_path / "x.jsonl", row))

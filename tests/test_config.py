@@ -289,3 +289,10 @@ def test_an_unknown_flag_ends_a_script_with_one_line():
     ended = subprocess.run([sys.executable, "train_dpo.py", "--bogus"], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert ended.stderr.startswith("error: ") and "--bogus" in ended.stderr
+
+
+def test_a_path_that_the_locale_cannot_spell_is_refused(capsys):
+    """In an ASCII locale an umlaut on the command line is two lone surrogates, which no file of ours could hold."""
+    for flag in ("--output-dir", "--data", "--base-model", "--sft-adapter"):
+        text = refused(capsys, flag, "run \udcc3\udcbc")
+        assert f"{flag}: this locale cannot spell 'run \\udcc3\\udcbc'; set LC_ALL=C.UTF-8" in text

@@ -14,6 +14,7 @@ from config import PRESETS
 from quantpref import preflight
 from quantpref.comparisons import load, save
 from quantpref.preflight import Check
+from quantpref.prompts import tokenise
 from quantpref.runs import RunError, UserError
 
 NAME = "somebody/some-base"
@@ -156,8 +157,11 @@ def test_duplicates_are_counted_and_named(tmp_path):
     assert check.found == "1 comparisons stand more than once (lines 5 and 81)" and "remove" in check.todo
 
 
-def test_json_holds_every_finding(tmp_path, capsys):
-    config = tiny(tmp_path, max_length=108)
+def test_json_holds_every_finding(tmp_path, capsys, tokenizer):
+    config = tiny(tmp_path)
+    pairs, _ = tokenise(tokenizer, load(config.data))
+    longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    config = replace(config, max_length=longest - 1)
     verify_dpo_setup.main(config, as_json=True)
     out, _ = capsys.readouterr()
     found = json.loads(out)
@@ -165,7 +169,10 @@ def test_json_holds_every_finding(tmp_path, capsys):
     assert found["failed"] == 0
     assert {"python", "packages", "device", "data", "labels", "duplicates", "power", "base", "length", "disk", "4-bit",
             "4-bit kernel", "DPO step", "reload", "time"} <= by_name.keys()  # fmt: skip
-    assert by_name["length"]["status"] == "warn" and "rows are longer than 108 tokens" in by_name["length"]["found"]
+    assert (
+        by_name["length"]["status"] == "warn"
+        and f"rows are longer than {longest - 1} tokens" in by_name["length"]["found"]
+    )
     assert "loss 0.6931" in by_name["DPO step"]["found"] and "56 of 56 adapter" in by_name["DPO step"]["found"]
     assert "within 0.0e+00 nats" in by_name["reload"]["found"]
 

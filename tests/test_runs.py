@@ -6,26 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from config import PRESETS
 from quantpref.runs import (
     RunError,
     UserError,
-    as_written,
     atomic_file,
     atomic_folder,
-    damage,
     git_commit,
     one_line_errors,
     read_json,
     set_aside,
     sha256,
     write_json,
-    write_manifest,
     write_text,
 )
 
@@ -237,14 +232,3 @@ def test_manifests_do_not_depend_on_the_terminal(tmp_path):
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", program, tmp_path / "x"], cwd=ROOT, env=environment, check=True)
     assert json.loads((tmp_path / "x").read_bytes().decode("utf-8")) == "é侍"
-
-
-def test_a_name_that_the_locale_cannot_read_is_written_as_it_is(tmp_path):
-    """In an ASCII locale "ü" on the command line is two lone surrogates; files and seals hold the letter."""
-    surrogates = "run \udcc3\udcbc"
-    write_manifest(tmp_path, {"config": {"output_dir": surrogates}})
-    assert damage(tmp_path) is None
-    assert read_json(tmp_path / "manifest.json")["config"] == {"output_dir": "run ü"}
-    assert as_written({"output_dir": surrogates}) == {"output_dir": "run ü"}
-    config = replace(PRESETS["tiny"], output_dir=Path(surrogates), base_model=surrogates)
-    assert config.as_json()["output_dir"] == config.as_json()["base_model"] == "run ü"

@@ -12,72 +12,66 @@ from quantpref.comparisons import flip
 from quantpref.runs import RunError
 from quantpref.scoring import ORDERS, Scores, ScoringRows, score, scoring_rows
 
-PAD, A, B = 0, 5, 6
+A, B = 5, 6
 VOCABULARY = 11
 
 
-class Model:
-    """Logits of the last column: for each token of the row, its id times its place (from 1), in a sine per word."""
+class Llama:
+    """Answers for a packed model: a token's logits are a sine per word of all ids on its path, by their place."""
 
-    device = torch.device("cpu")
+    on_gpu, device = False, torch.device("cpu")
 
     def __init__(self):
-        self.calls, self.training = [], True
+        self.columns = []
 
-    def eval(self):
-        self.training = False
-
-    def __call__(self, *, input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
-        assert not self.training and use_cache is False and logits_to_keep == 1 and torch.is_inference_mode_enabled()
-        assert (attention_mask[:, -1] == 1).all()  # the slot stands in the last column of every row
-        self.calls.append(tuple(input_ids.shape))
-        summary = (input_ids * (position_ids + 1) * attention_mask).sum(1, keepdim=True)
-        assert ((attention_mask == 1) | (input_ids == PAD)).all()
-        return SimpleNamespace(logits=logits_of(summary.double())[:, None])
+    def statistics(self, batch):
+        self.columns.append(len(batch.ids))
+        ids, end = batch.ids.tolist(), batch.end.tolist()
+        paths = [[ids[k] for k in range(q + 1) if q < end[k]] for q in batch.columns.tolist()]
+        found = torch.stack([logits_of(path) for path in paths]).log_softmax(-1)
+        return SimpleNamespace(log_probs=found.gather(1, batch.tokens[:, None])[:, 0])
 
 
-def logits_of(summary):
+def logits_of(ids):
+    summary = float(sum(token * (place + 1) for place, token in enumerate(ids)))
     return torch.sin(summary * (1 + torch.arange(VOCABULARY)) / 7)
 
 
 def by_hand(ids):
-    summary = torch.tensor([[float(sum(token * (place + 1) for place, token in enumerate(ids)))]]).double()
-    found = logits_of(summary)[0].float().tolist()
+    found = logits_of(ids).tolist()
     total = math.log(sum(math.exp(x) for x in found))
     return found[A] - total, found[B] - total
 
 
-IDS = [[3, 1], [4, 1, 5, 9], [2, 6], [5, 3, 5, 8, 9, 7], [9], [3, 2, 3, 8, 4, 6]]
+IDS = [[3, 1], [4, 1, 5, 9], [2, 6], [3, 1, 5, 8, 9, 7], [9], [3, 1, 5, 8, 4, 6]]
 ROWS = ScoringRows(IDS, prompts.AnswerSlot((), A, B), 0)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 6, 7, 12, 13, 10_000])
-def test_scores_are_those_of_each_row_alone(tokens_per_batch):
-    model, seen = Model(), []
-    found = score(model, PAD, ROWS, tokens_per_batch, seen.append)
+@pytest.mark.parametrize(
+    ("columns_per_batch", "columns"), [(1, [2, 2, 6, 6, 4, 1]), (8, [8, 6, 5]), (10, [10, 5]), (10_000, [15])]
+)
+def test_scores_are_those_of_each_row_alone(columns_per_batch, columns):
+    """In sorted order: 2 tokens; 2, with 4 more, with 2 others after a common start of four; 4 and 1 that share nothing."""
+    llama, seen = Llama(), []
+    found = score(llama, ROWS, columns_per_batch, seen.append)
     n = len(IDS) // 2
     for order in (0, 1):
         for i in range(n):
             expected = by_hand(IDS[order * n + i])
             assert (found.logp_a[i, order], found.logp_b[i, order]) == pytest.approx(expected, abs=1e-5)
-    assert sum(seen) == len(IDS) and all(rows * columns <= max(tokens_per_batch, 6) for rows, columns in model.calls)
-    assert len(model.calls) == len(seen)
-    if tokens_per_batch == 10_000:
-        assert model.calls == [(6, 6)]
-    if tokens_per_batch == 12:
-        assert model.calls == [(3, 2), (2, 6), (1, 6)]
+    assert llama.columns == columns and sum(seen) == len(IDS) and len(seen) == len(columns)
     assert found.logp_a.flags["C_CONTIGUOUS"] and found.logp_a.dtype == np.float64
 
 
 def test_a_probability_that_is_not_a_number_stops_it():
-    class Broken(Model):
-        def __call__(self, **inputs):
-            answer = super().__call__(**inputs)
-            answer.logits[0] = torch.nan
+    class Broken(Llama):
+        def statistics(self, batch):
+            answer = super().statistics(batch)
+            answer.log_probs[0] = torch.nan
             return answer
 
     with pytest.raises(RunError, match="^the model gave a log-probability that is not finite"):
-        score(Broken(), PAD, ROWS)
+        score(Broken(), ROWS)
 
 
 def test_what_follows_from_the_log_probabilities():

@@ -135,6 +135,9 @@ def test_a_disk_that_cannot_be_written_to(straight, disk):
 def test_everything_runs_in(straight, tmp_path, surroundings):
     """Verify, train (stopped once, so that it resumes), evaluate."""
     data, out = straight / "people.jsonl", tmp_path / "run ü ö"
+    if "LC_ALL" in surroundings:
+        assert "this locale cannot spell" in ends(train_command(data, out), status=2, **surroundings)
+        out = tmp_path / "run"
     ends(command("verify_dpo_setup.py", data, out), **surroundings)
     argv = train_command(data, out)
     with subprocess.Popen(
