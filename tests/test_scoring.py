@@ -51,7 +51,7 @@ ROWS = ScoringRows(IDS, prompts.AnswerSlot((), A, B), 0)
     ("columns_per_batch", "columns"), [(1, [2, 2, 6, 6, 4, 1]), (8, [8, 6, 5]), (10, [10, 5]), (10_000, [15])]
 )
 def test_scores_are_those_of_each_row_alone(columns_per_batch, columns):
-    """In sorted order: 2 tokens; 2, with 4 more, with 2 others after a common start of four; 4 and 1 that share nothing."""
+    """In sorted order: 2 tokens; 2, with 4 more, with 2 others after four in common; 4 and 1 that share nothing."""
     llama, seen = Llama(), []
     found = score(llama, ROWS, columns_per_batch, seen.append)
     n = len(IDS) // 2
