@@ -255,6 +255,39 @@ def test_any_tree_comes_back_from_json_and_tensors():
         split({"code": print})
 
 
+@pytest.mark.parametrize("kind", ["torch", "8-bit"])
+def test_an_optimiser_goes_on_from_its_saved_state(kind):
+    """The GPU's 8-bit AdamW too: quantised moments, and tables that all of them share."""
+    from bitsandbytes.optim import AdamW8bit
+
+    def steps(weights, optimiser, which):
+        generator = torch.Generator().manual_seed(3)
+        for at in range(6):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            if at in which:
+                optimiser.step()
+
+    def begin():
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (10,))]
+        return weights, (AdamW8bit if kind == "8-bit" else torch.optim.AdamW)(weights, lr=1e-2)
+
+    straight, optimiser = begin()
+    steps(straight, optimiser, range(6))
+    weights, optimiser = begin()
+    steps(weights, optimiser, range(3))
+    plain, tensors = split({"weights": [w.data for w in weights], "optimiser": optimiser.state_dict()})
+    saved = join(json.loads(json.dumps(plain)), tensors)
+    resumed, optimiser = begin()
+    for weight, value in zip(resumed, saved["weights"], strict=True):
+        weight.data.copy_(value)
+    optimiser.load_state_dict(saved["optimiser"])
+    steps(resumed, optimiser, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    assert (torch.uint8 in {t.dtype for t in tensors.values()}) == (kind == "8-bit")
+
+
 def test_generators_go_on_where_they_were():
     import random
 
