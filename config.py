@@ -34,7 +34,7 @@ class Config:
     base_revision: str | None = None
     """Commit of a hub base, so that everybody has the same weights; None takes the hub's newest."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
-    """How the base is loaded; auto is transformers. Training and scoring are as fast on either."""
+    """How the base is loaded; auto is transformers. Training and scoring run through our own model on either."""
     output_dir: Path = Path("outputs")
     """Everything that a run writes stands here; a finished run is never overwritten."""
 

@@ -25,7 +25,7 @@ def attention_over(end: Tensor) -> Attend:
     return _by_blocks(end) if end.is_cuda and TRITON else _by_subtrees(end)
 
 
-# Tiles of the backward pass, for rows that are short: a third faster than the default on an H100.
+# Tiles of the backward pass, for rows that are short: 0.162 ms where the default takes 0.182, on an H100.
 TILES = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | {"bwd_num_warps": 4, "bwd_num_stages": 2}
 
 

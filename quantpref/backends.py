@@ -20,7 +20,7 @@ def choose_backend(wanted: Literal["auto", "unsloth", "transformers"]) -> Backen
 
     # On a CPU bitsandbytes tells everybody that a kernel from the hub is missing; it works without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if wanted != "unsloth":  # training and scoring are as fast on either, and an adapter stays with its backend
+    if wanted != "unsloth":  # our own model trains and scores on either, and an adapter stays with its backend
         return "transformers"
     if not (torch.cuda.is_available() and importlib.util.find_spec("unsloth")):
         missing = "the package" if torch.cuda.is_available() else "a GPU"
